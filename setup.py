@@ -8,20 +8,23 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+site = cfg["doc_host"] + cfg["doc_baseurl"]
+oldest = int(cfg["min_python"].split(".")[1])
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     url=cfg["git_url"],
+    project_urls={"Documentation": site, "Changes": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
     author=cfg["author"],
     author_email=cfg["author_email"],
-    license="Apache-2.0",
-    keywords=cfg["keywords"],
-    packages=find_packages(include=["binvision*"]),
-    include_package_data=True,
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=cfg["keywords"].split(),
+    packages=find_packages(include=[cfg["lib_path"]]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
@@ -31,9 +34,14 @@ setup(
     },
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Framework :: Jupyter",
         "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Natural Language :: English",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(oldest, 14)),
+        "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     zip_safe=False,
 )

@@ -1,0 +1,38 @@
+"""Check, with the installed wheel's Python: without argument what is installed, with a folder what the demo left there."""
+import importlib
+import json
+import pkgutil
+import sys
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+
+def check_installed():
+    import binvision
+
+    assert Path(binvision.__file__).is_relative_to(sys.prefix), f"{binvision.__file__} is not the installed wheel"
+    for name in ("fastai", "fastcore", "torch", "torchvision", "onnxruntime", "pandas", "typer"):
+        print(f"{name} {version(name)}")
+    assert int(version("fastcore").split(".")[0]) >= 2, "fastcore 2 is what users get today"
+    assert tuple(map(int, version("fastai").split(".")[:3])) > (2, 8, 7), "a newer fastai is what users get today"
+    try: raise AssertionError(f"nbdev {version('nbdev')} is installed: this is not a user's environment")
+    except importlib.metadata.PackageNotFoundError: pass
+    about = metadata("binvision")
+    assert about["License-Expression"] == "Apache-2.0" and about["Version"] == binvision.__version__, about
+    modules = [m.name for m in pkgutil.iter_modules(binvision.__path__)]
+    for name in modules: importlib.import_module(f"binvision.{name}")
+    print(f"binvision {binvision.__version__}, {len(modules)} modules imported: {', '.join(modules)}")
+
+
+def check_demo(folder):
+    wanted = ["data/labels.csv", "catalogue/bins.parquet", "manifest.csv", "run/history.csv", "run/lr_find.png",
+              "run/curves.png", "run/model/card.json", "run/model/model.safetensors", "run/model/model.onnx",
+              "report/report.html", "report/metrics.json", "predictions.csv"]
+    missing = [name for name in wanted if not (folder/name).is_file() or not (folder/name).stat().st_size]
+    assert not missing, f"the demo did not leave {missing}"
+    metrics = json.loads((folder/"report/metrics.json").read_text())
+    print(f"the demo left all of {len(wanted)} files; metrics.json has {len(metrics)} entries")
+
+
+if len(sys.argv) > 1: check_demo(Path(sys.argv[1]))
+else: check_installed()
