@@ -303,9 +303,8 @@ def _bin(found, id):
     return {**row, "image": image}, items, problems
 
 
-def _look(data, row, images):
+def _look(data, row):
     "Add what the image tells to a row of `bins`; returns the problem, if there is one. An unreadable image is no image."
-    if not images or row["image"] is None: return
     try: row.update(image_facts(data/row["image"]))
     except ImageError as e:
         file, row["image"] = row["image"], None
@@ -320,11 +319,11 @@ def _chunk(found, ids, images, pool):
         if row: bins.append(row)
         items += some
         problems += wrong
-    problems += filter(None, pool.map(lambda row: _look(found.data, row, images), bins))
-    table = pa.table({f.name: pa.array([row.get(f.name) for row in bins], f.type) for f in _BINS})
+    if images: problems += filter(None, pool.map(lambda row: _look(found.data, row), [row for row in bins if row["image"]]))
+    table = pa.Table.from_pylist(bins, _BINS)
     extra = found.extra.reindex([row["id"] for row in bins])
     for name in extra: table = table.append_column(name, pa.array(extra[name], pa.string(), from_pandas=True))
-    return table, pa.table({f.name: pa.array([item[f.name] for item in items], f.type) for f in _ITEMS}), problems
+    return table, pa.Table.from_pylist(items, _ITEMS), problems
 
 
 def _write(found, out, images, chunk=5000):
