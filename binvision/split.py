@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'WINDOW', 'BITS', 'group_bins', 'split', 'random_split', 'wr
            'leak_report']
 
 # %% ../nbs/05_split.ipynb #1e870372
-import csv
 import json
 import os
 from pathlib import Path
@@ -18,13 +17,13 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from .core import DataError, UsageError, atomic_write, bin_id, rng, sha256
-from .metadata import Catalogue, catalogue, read_catalogue
+from .metadata import catalogue, read_catalogue
 
-# %% ../nbs/05_split.ipynb #32beaef6
+# %% ../nbs/05_split.ipynb #cdb7d792
 PARTS = ("train", "valid", "test")
-WINDOW = 3    # ids this near each other may be photos of one bin
-BITS = 4      # pictures whose perceptual hashes differ in at most this many of 64 bits are near-duplicates
-_CHUNK = 2_000_000  # candidate pairs looked at together
+WINDOW = 3  # ids at most this far apart may be photos of one bin
+BITS = 4    # perceptual hashes that differ in at most this many of 64 bits are near-duplicates
+_CHUNK = 2_000_000  # pairs looked at together
 
 
 def _asin_matrix(ids, items):
@@ -35,59 +34,67 @@ def _asin_matrix(ids, items):
     held.data[:] = 1
     return held
 
-# %% ../nbs/05_split.ipynb #d8b8bc99
-def _first_alike(held):
-    "For each bin the position of the first bin with the very same ASINs; a bin without any stands for itself."
-    mark = rng(0, "asin").integers(1, 2**62, held.shape[1], dtype=np.int64)
-    total, size = held @ mark, held.getnnz(1)          # sums of 62-bit marks: equal for equal sets, and only for them
-    key = np.where(size > 0, total, np.arange(len(total)))
-    _, first, inverse = np.unique(np.stack([key, size]), axis=1, return_index=True, return_inverse=True)
-    return first[inverse.ravel()]
+
+def _first_equal(value, there):
+    "For each position the first one with the same value; one that is not `there` stands for itself."
+    first, rows = np.arange(len(value)), np.flatnonzero(there)
+    _, at, inverse = np.unique(value[rows], return_index=True, return_inverse=True)
+    first[rows] = rows[at[inverse.ravel()]]
+    return first
 
 
-def _lone_links(held, rows):
-    "Bins of one or two ASINs that share one (Jaccard 1/3 or more): pairs (bin, ASIN), sorted by ASIN."
-    small = rows[held.getnnz(1)[rows] <= 2]
+def _set_marks(held):
+    "A number for the set of ASINs in each bin: the sum of random 62-bit marks, equal for equal sets."
+    return held @ rng(0, "asin").integers(1, 2**62, held.shape[1], dtype=np.int64)
+
+# %% ../nbs/05_split.ipynb #57fc51a3
+def _lone_links(held, kinds, jaccard):
+    "Kinds of one or two ASINs: a single shared one gives 1/3 or more. As (kind, ASIN), sorted by ASIN."
+    small = kinds[held.getnnz(1)[kinds] <= 2] if 3 * jaccard <= 1 else kinds[:0]
     entry = held[small].tocoo()
     order = np.lexsort((entry.row, entry.col))
     return small[entry.row[order]], entry.col[order]
 
 
-def _asin_pairs(held, rows):
-    "Chunks of all other pairs of `rows` with Jaccard ≥ 0.3: they share two ASINs, or one that one of them holds alone."
+def _asin_pairs(held, kinds, jaccard):
+    "Chunks of the other pairs of kinds that reach `jaccard`: one ASIN alone beside two or three, or two shared ones."
     size = held.getnnz(1)
-    entry = held[rows].tocoo()
-    row, col = rows[entry.row], entry.col
+    entry = held[kinds].tocoo()
+    row, col = kinds[entry.row], entry.col
     alone = np.full(held.shape[1], -1)
     alone[col[size[row] == 1]] = row[size[row] == 1]
-    three = (size[row] == 3) & (alone[col] >= 0)
-    yield row[three], alone[col[three]]
+    beside = (size[row] > 1) & (size[row] * jaccard <= 1) & (alone[col] >= 0)
+    yield row[beside], alone[col[beside]]
     common = np.bincount(col, minlength=held.shape[1])
-    order = np.lexsort((col, common[col], row))         # in each bin the rarest ASIN first
+    order = np.lexsort((col, common[col], row))  # in each bin the rarest ASIN first
     row, col = row[order], col[order]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
-    need = np.maximum(2, -(-3 * size // 10))            # so many must be shared: one is then among the rarest of both
-    keep = rank < (size - need + 1)[row]
+    need = np.maximum(2, np.ceil(jaccard * size - 1e-9).astype(int))  # so many are shared: one of them is among the
+    keep = np.arange(len(row)) - np.searchsorted(row, row) <= (size - need)[row]  # rarest size - need + 1 of each
     rare = sparse.csr_matrix((np.ones(keep.sum(), np.int32), (row[keep], col[keep])), held.shape)
     work = np.cumsum(rare @ rare.getnnz(0))
     for block in np.split(np.arange(held.shape[0]), np.flatnonzero(np.diff(work // _CHUNK)) + 1):
         found = (rare[block] @ rare.T).tocoo()
         a, b = block[found.row], found.col
         a, b = a[a < b], b[a < b]
-        both = np.asarray(held[a].multiply(held[b]).sum(1)).ravel()
-        alike = 10 * both >= 3 * (size[a] + size[b] - both)
+        both = _shared(held, a, b)
+        alike = both >= jaccard * (size[a] + size[b] - both) - 1e-9
         yield a[alike], b[alike]
 
-# %% ../nbs/05_split.ipynb #4a293742
+
+def _shared(held, a, b):
+    "How many ASINs the bins `a` share with the bins `b`."
+    return np.asarray(held[a].multiply(held[b]).sum(1)).ravel()
+
+# %% ../nbs/05_split.ipynb #04e2c5c7
 def _neighbours(ids):
-    "Pairs of positions whose ids are spelled alike and at most `WINDOW` apart, and the number in each id."
+    "Positions a, b of all ids that are spelled alike and at most `WINDOW` apart, and the number in each id."
     ids = pd.Series(np.asarray(ids, dtype=object), dtype=object)
     text = ids.str.extract(r"^(.*?)([0-9]{1,18})$").astype(object)
     digits, number = text[1].fillna(""), pd.to_numeric(text[1]).fillna(-1).astype("int64").to_numpy()
     same_width = (text[0] + "/" + digits.str.len().astype(str)).where(number >= 0)
-    no_padding = text[0].where((number >= 0) & ~digits.str.startswith("0"))
+    no_zeros = text[0].where((number >= 0) & ~digits.str.startswith("0"))
     found = []
-    for style in (same_width, no_padding):
+    for style in (same_width, no_zeros):
         code = pd.factorize(style)[0]
         order = np.lexsort((number, code))
         order = order[code[order] >= 0]
@@ -97,38 +104,31 @@ def _neighbours(ids):
             found.append(np.minimum(a, b)[near] * len(ids) + np.maximum(a, b)[near])
     return *np.divmod(np.unique(np.concatenate(found)), max(len(ids), 1)), number
 
-# %% ../nbs/05_split.ipynb #dc4a3625
-def _bits(hashes):
-    "Hexadecimal perceptual hashes as 64-bit numbers, and which of them are there."
-    there = pd.notna(hashes).to_numpy()
-    return np.array([int(h, 16) if ok else 0 for h, ok in zip(hashes, there)], dtype=np.uint64), there
+# %% ../nbs/05_split.ipynb #90b55c65
+_ONES = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
 
 
 def _distance(x, y):
     "The number of bits in which 64-bit numbers differ."
-    bytes_ = np.ascontiguousarray(x ^ y).view(np.uint8).reshape(-1, 8)
-    return _ONES[bytes_].sum(1, dtype=np.int64)
+    return _ONES[np.ascontiguousarray(x ^ y).view(np.uint8).reshape(-1, 8)].sum(1, dtype=np.int64)
 
 
-_ONES = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
-
-
-def _picture_pairs(value, rows):
-    "Chunks of pairs of `rows` whose hashes differ in at most `BITS` bits: those agree in one of `BITS + 1` bands."
+def _picture_pairs(value, kinds):
+    "Chunks of the pairs of `kinds` whose hashes, 64-bit numbers, differ in at most `BITS` bits."
     edges = np.linspace(0, 64, BITS + 2).astype(int)
     for low, high in zip(edges, edges[1:]):
-        band = (value[rows] >> np.uint64(low)) & np.uint64(2**int(high - low) - 1)
+        band = (value[kinds] >> np.uint64(low)) & np.uint64(2**int(high - low) - 1)
         order = np.argsort(band, kind="stable")
-        r, band = rows[order], band[order]
-        later = np.searchsorted(band, band, side="right") - np.arange(len(r)) - 1
+        row, band = kinds[order], band[order]
+        later = np.searchsorted(band, band, side="right") - np.arange(len(row)) - 1  # that many follow with this band
         work = np.cumsum(later)
-        for block in np.split(np.arange(len(r)), np.flatnonzero(np.diff(work // _CHUNK)) + 1):
+        for block in np.split(np.arange(len(row)), np.flatnonzero(np.diff(work // _CHUNK)) + 1):
             a = np.repeat(block, later[block])
             b = a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(later[block]) - later[block], later[block])
-            near = _distance(value[r[a]], value[r[b]]) <= BITS
-            yield r[a[near]], r[b[near]]
+            near = _distance(value[row[a]], value[row[b]]) <= BITS
+            yield row[a[near]], row[b[near]]
 
-# %% ../nbs/05_split.ipynb #e7f41683
+# %% ../nbs/05_split.ipynb #baf1ae70
 def _join(n, chunks):
     "Labels of the connected components of `n` bins, given chunks of pairs."
     label = np.arange(n)
@@ -138,78 +138,67 @@ def _join(n, chunks):
     return label
 
 
+def _cut(apart, longest):
+    "Where to cut a run: so that no piece is longer than `longest`, at the places whose sides are furthest `apart`."
+    start, cuts = 0, []
+    while len(apart) - start > longest:
+        low = start + (longest + 1) // 2
+        start = low + int(np.argmax(apart[low:start + longest + 1]))
+        cuts.append(start)
+    return cuts
+
+
 def _cut_runs(a, b, number, value, longest):
-    "Of the pairs (a, b) of neighbours those to keep, so that no run is longer than `longest`."
-    label, block = _join(len(number), [(a, b)]), np.zeros(len(number), np.int64)
-    far = np.abs(number[a] - number[b]) * 100 + _distance(value[a], value[b])  # first the gap, then the pictures
-    size = np.bincount(label, minlength=len(number))
-    for run in np.flatnonzero(size > longest):
-        member = np.flatnonzero(label == run)
-        member = member[np.argsort(number[member], kind="stable")]
-        place = np.zeros(len(number), np.int64)
-        place[member] = np.arange(len(member))
-        here = label[a] == run
-        left, right = np.sort([place[a[here]], place[b[here]]], axis=0)
-        apart = np.full(len(member) + 1, 10_000)                # how far apart the two sides of each place are
-        for step in range(1, (right - left).max() + 1):
-            inside = left + step <= right
-            np.minimum.at(apart, (left + step)[inside], far[here][inside])
-        start = 0
-        while len(member) - start > longest:
-            low = start + longest // 2
-            start = low + int(np.argmax(apart[low:start + longest + 1]))
-            block[member[start:]] += 1
-    return block[a] == block[b]
+    "Which of the pairs (a, b) of neighbours to keep, so that no run is longer than `longest`."
+    label = _join(len(number), [(a, b)])
+    order = np.lexsort((number, label))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    left, right = np.sort([place[a], place[b]], axis=0)
+    far = 100 * np.abs(number[a] - number[b]) + _distance(value[a], value[b])  # first the gap, then the pictures
+    apart = np.full(len(order), 10_000)  # how far apart the two sides of each place are
+    for step in range(1, int((right - left).max(initial=0)) + 1):
+        np.minimum.at(apart, (left + step)[left + step <= right], far[left + step <= right])
+    size = np.bincount(label, minlength=1)
+    ends, cuts = np.cumsum(size), np.zeros(len(number), np.int64)
+    for end, n in zip(ends[size > longest], size[size > longest]):
+        cuts[end - n + np.array(_cut(apart[end - n:end], longest))] = 1
+    piece = np.cumsum(cuts)
+    return piece[place[a]] == piece[place[b]]
 
-# %% ../nbs/05_split.ipynb #cf390f65
-class _Links:
-    "What ties the bins of a catalogue to each other; bins are known by their position in the order of ids."
+# %% ../nbs/05_split.ipynb #91b4695f
+class _Ties:
+    "What ties bins to each other. A bin is known by its position in the order of ids."
 
-    def __init__(self, bins, items):
-        self.bins = bins = bins.sort_values("id", ignore_index=True)
-        if (twice := bins["id"].duplicated()).any():
-            raise DataError(f"the catalogue holds bin {bins['id'][twice].iloc[0]} twice", "make it again: binvision catalogue")
-        everyone = np.arange(len(bins))
-        self.held = _asin_matrix(bins["id"], items)
+    def __init__(self, bins, items, jaccard):
+        self.bins, self.jaccard = bins.sort_values("id", ignore_index=True), jaccard
+        ids = self.bins["id"]
+        if ids.duplicated().any(): raise DataError(f"the catalogue holds bin {ids[ids.duplicated()].iloc[0]!r} twice", "make the catalogue again")
+        self.held = _asin_matrix(ids, items)
         some = self.held.getnnz(1) > 0
-        self.same = _first_alike(self.held)                         # the first bin with the very same ASINs
-        self.kinds = np.flatnonzero((self.same == everyone) & some)
-        self.near_a, self.near_b, self.number = _neighbours(bins["id"])
-        self.sharing = np.asarray(self.held[self.near_a].multiply(self.held[self.near_b]).sum(1)).ravel() > 0
-        unknown = bins["n_items"].isna().to_numpy() & ~some
-        self.unknown = unknown[self.near_a] | unknown[self.near_b]  # neighbours that may share an ASIN for all one knows
-        self.value, there = _bits(bins["phash"])
-        _, first, inverse = np.unique(np.where(there, self.value, everyone), return_index=True, return_inverse=True)
-        self.picture = np.where(there, first[inverse.ravel()], everyone)  # the first bin with the very same hash
-        self.pictures = np.flatnonzero((self.picture == everyone) & there)
+        self.same = _first_equal(_set_marks(self.held), some)  # the first bin with the very same ASINs
+        self.kinds = np.flatnonzero((self.same == np.arange(len(ids))) & some)
+        a, b, self.number = _neighbours(ids)
+        self.sharing = np.stack([a, b])[:, _shared(self.held, a, b) > 0]
+        unknown = self.bins["n_items"].isna().to_numpy() & ~some
+        self.unknown = np.stack([a, b])[:, unknown[a] | unknown[b]]
+        there = self.bins["phash"].notna().to_numpy()
+        self.value = np.array([int(h, 16) if ok else 0 for h, ok in zip(self.bins["phash"], there)], dtype=np.uint64)
+        self.picture = _first_equal(self.value, there)  # the first bin with the very same hash
+        self.pictures = np.flatnonzero((self.picture == np.arange(len(ids))) & there)
 
     def chunks(self, longest):
-        "Chunks of the pairs that have to stay together."
-        everyone, near = np.arange(len(self.bins)), np.stack([self.near_a, self.near_b])
+        "Chunks of pairs that have to stay together."
+        everyone = np.arange(len(self.bins))
         yield everyone, self.same
         yield everyone, self.picture
-        row, asin = _lone_links(self.held, self.kinds)
+        kind, asin = _lone_links(self.held, self.kinds, self.jaccard)
         follows = asin[1:] == asin[:-1]
-        yield row[1:][follows], row[:-1][follows]
-        yield from _asin_pairs(self.held, self.kinds)
-        yield near[:, self.sharing]
+        yield kind[1:][follows], kind[:-1][follows]
+        yield from _asin_pairs(self.held, self.kinds, self.jaccard)
+        yield self.sharing
         yield from _picture_pairs(self.value, self.pictures)
-        a, b = near[:, self.unknown]
-        keep = _cut_runs(a, b, self.number, self.value, longest)
-        yield a[keep], b[keep]
-
-
-def group_bins(
-    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
-    longest:int|None=None, # a run of neighbours without metadata is cut when it is longer; None: 1 % of the bins, 10 to 100
-)->pd.Series: # the group of each bin (index: id); a group is called by the first of its ids
-    "Which bins have to fall in the same part of a split."
-    cat = _catalogue(cat)
-    links = _Links(cat.bins, cat.items)
-    label = _join(len(links.bins), links.chunks(longest or min(100, max(10, len(links.bins) // 100))))
-    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
-    ids = links.bins["id"].to_numpy(dtype=object)
-    return pd.Series(ids[first[inverse.ravel()]], pd.Index(ids, name="id"), name="group")
+        yield self.unknown[:, _cut_runs(*self.unknown, self.number, self.value, longest)]
 
 
 def _catalogue(source):
@@ -217,16 +206,29 @@ def _catalogue(source):
     if hasattr(source, "bins") and hasattr(source, "items"): return source
     return read_catalogue(source) if (Path(source)/"bins.parquet").exists() else catalogue(source)
 
-# %% ../nbs/05_split.ipynb #288b084b
+
+def group_bins(
+    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
+    jaccard:float=.3, # bins whose ASINs have at least this Jaccard index (0.3 to 1) stay together
+    longest:int|None=None, # longer runs of bins without metadata are cut; None: 1 % of the bins, 10 to 100
+)->pd.Series: # the group of each bin; the index is the id
+    "Which bins have to stay in the same part of a split."
+    if not .3 <= jaccard <= 1: raise UsageError(f"jaccard={jaccard}: not from 0.3 to 1", "leave it at 0.3, or raise it for smaller groups")
+    cat = _catalogue(cat)
+    ties = _Ties(cat.bins, cat.items, jaccard)
+    label = _join(len(ties.bins), ties.chunks(longest or min(100, max(10, len(ties.bins) // 100))))
+    ids = ties.bins["id"].to_numpy(dtype=object)
+    return pd.Series(ids[_first_equal(label, label >= 0)], pd.Index(ids, name="id"), name="group")
+
+# %% ../nbs/05_split.ipynb #950aef29
 def _where(bins, condition):
     "Which rows of `bins` meet `condition`."
-    if condition is None: return np.ones(len(bins), bool)
     if isinstance(condition, str):
         name, equals, value = condition.partition("=")
         if not equals: raise UsageError(f"eval_where={condition!r}: no column and value", "write column=value")
         condition = {name.strip(): value.strip()}
     met = np.ones(len(bins), bool)
-    for name, values in condition.items():
+    for name, values in (condition or {}).items():
         if name not in bins: raise UsageError(f"eval_where: the bins have no column {name!r}", f"they have {', '.join(bins)}")
         values = values if isinstance(values, (list, tuple, set)) else [values]
         met &= bins[name].astype("string").isin([str(v) for v in values]).to_numpy(dtype=bool)
@@ -234,120 +236,127 @@ def _where(bins, condition):
 
 
 def _chosen(cat, counts, ids, eval_where, by):
-    "The bins to split: id, count, whether they may be evaluated on, and their stratum."
+    "The bins to split: id, count, whether they may be evaluated on, and the stratum."
     bins = cat.bins.sort_values("id", ignore_index=True)
     bins = bins.assign(eligible=_where(bins, eval_where))
     if bins["image"].notna().any(): bins = bins[bins["image"].notna()]
     if ids is not None:
         ids = set(given_split(ids)["id"] if isinstance(ids, (str, os.PathLike)) else map(str, ids))
-        if not ids & set(bins["id"]): raise UsageError("ids: none of them is a bin of the catalogue", "ids are strings: 523 and 00523 differ")
         bins = bins[bins["id"].isin(ids)]
-    counts = sorted({int(c) for c in counts})
-    if missing := [c for c in counts if not (bins["count"] == c).any()]:
-        there = ", ".join(map(str, sorted(bins["count"].dropna().unique())))
-        raise UsageError(f"no bin has the count {', '.join(map(str, missing))}", f"ask for counts that are there: {there}")
-    bins = bins[bins["count"].isin(counts).fillna(False)]
+        if not len(bins): raise UsageError("ids: none of them is a bin of the catalogue", "mind the spelling, 523 and 00523 are different bins")
+    there = sorted(bins["count"].dropna().unique())
+    if missing := sorted({int(c) for c in counts} - set(there)):
+        raise UsageError(f"no bin has the count {', '.join(map(str, missing))}", f"ask for counts that are there: {', '.join(map(str, there))}")
+    bins = bins[bins["count"].isin(list(counts)).to_numpy(dtype=bool, na_value=False)]
+    if not bins["eligible"].any(): raise UsageError(f"eval_where={eval_where!r}: no bin of these counts meets it", "look at the values of that column")
     if by is not None and by not in bins: raise UsageError(f"by: the bins have no column {by!r}", f"they have {', '.join(cat.bins)}")
-    stratum = bins["count"].astype(str) + ("" if by is None else "/" + bins[by].astype("string").fillna(""))
+    stratum = bins["count"].astype(str) + ("" if by is None else "/" + bins[by].astype("string").fillna("").astype(str))
     return pd.DataFrame({"id": bins["id"].astype(object), "count": bins["count"].astype(int), "eligible": bins["eligible"],
-                         "stratum": stratum}).reset_index(drop=True)
+                         "stratum": stratum.astype(object)}).reset_index(drop=True)
 
-# %% ../nbs/05_split.ipynb #3dd46351
+# %% ../nbs/05_split.ipynb #c3228964
 def _allocate(table, shares, seed):
-    "The part of each group: big groups one by one to where they are missed most, then single bins to fill the parts up."
+    "The part of each bin of `table`: id, group, stratum, eligible; `shares` are of the eligible bins of each stratum."
     held = table[table["eligible"]].groupby(["group", "stratum"]).size()
     total = held.groupby("stratum").sum().to_dict()
-    want = {part: {s: share * n for s, n in total.items()} for part, share in shares.items() if share}
-    left = {part: dict(need) for part, need in want.items()}
+    want = {part: {s: share * n for s, n in total.items()} for part, share in shares.items() if share > 0}
+    left = {part: dict(bins) for part, bins in want.items()}
     members, names = {}, sorted(table["group"].unique())
     for (group, s), n in held.items(): members.setdefault(group, []).append((s, n))
+    size = {group: sum(n for _, n in members[group]) for group in members}
     order = [names[i] for i in rng(seed, "split").permutation(len(names)) if names[i] in members]
-    size = {group: sum(n for _, n in members[group]) for group in order}
-    chosen = dict.fromkeys(names, "train")
-    for group in sorted(order, key=lambda g: -size[g]):
-        if size[group] == 1: break
+    part_of, single = dict.fromkeys(names, "train"), {}
+    for group in sorted(order, key=size.get, reverse=True):
+        if size[group] == 1:
+            single.setdefault(members[group][0][0], []).append(group)
+            continue
         cost = {part: sum(n * (n - 2 * left[part][s]) / want[part][s] for s, n in members[group]) for part in want}
-        chosen[group] = part = min(cost, key=cost.get)
+        part_of[group] = part = min(cost, key=cost.get)
         for s, n in members[group]: left[part][s] -= n
-    single = {}
-    for group in order:
-        if size[group] == 1: single.setdefault(members[group][0][0], []).append(group)
     for s, groups in single.items():
-        for part in [part for part in want if part != "train"]:
+        for part in list(want)[1:]:  # what is over stays in train
             k = max(0, round(left[part][s]))
-            chosen.update(dict.fromkeys(groups[:k], part))
+            part_of.update(dict.fromkeys(groups[:k], part))
             groups = groups[k:]
-    return table["group"].map(chosen)
+    return table["group"].map(part_of)
 
 
 def _divide(table, valid, test, seed):
-    "The manifest of `table`, with its groups allocated to the parts; a part that lacks a count is an error."
+    "The manifest of `table`; an error if a part gets less than half of what was asked for."
     shares = {"train": 1 - valid - test, "valid": valid, "test": test}
     if not (0 <= valid < 1 and 0 <= test < 1 and shares["train"] > 1e-9):
-        raise UsageError(f"valid={valid}, test={test}: not fractions that leave something to train on",
-                         "give two fractions of at least 0 with a sum below 1, such as 0.15 and 0.15")
+        raise UsageError(f"valid={valid}, test={test}: these fractions leave nothing to train on, or are not fractions",
+                         "give two numbers of at least 0 with a sum below 1, such as 0.15 and 0.15")
     table = table.assign(part=_allocate(table, shares, seed))
     table = table[table["eligible"] | (table["part"] == "train")]
-    for part in [part for part, share in shares.items() if share]:
-        if lacking := sorted(set(table["count"]) - set(table["count"][table["part"] == part])):
-            groups = table[table["eligible"] & (table["count"] == lacking[0])]["group"].nunique()
-            raise UsageError(f"count {lacking[0]} has {groups} groups of bins to evaluate on, too few: none is left for {part}",
-                             "leave this count out, ask for other fractions, allow more bins in eval_where, or add bins")
-    return table[["id", "count", "group", "part"]].reset_index(drop=True)
+    for count, bins in table.groupby("count"):
+        for part, share in shares.items():
+            got, asked, sizes = (bins["part"] == part).sum(), share * bins["eligible"].sum(), bins["group"].value_counts()
+            if got < asked / 2 or (share > 0 and not got):
+                raise UsageError(f"count {count}: {len(sizes)} groups, the largest of {sizes.iloc[0]} bins, are too few for the parts: "
+                                 f"{part} would get {got} bins of {asked:.1f}",
+                                 "leave this count out, add bins, loosen eval_where, ask for other fractions, or make smaller groups: "
+                                 "groups=group_bins(cat, jaccard=0.6)")
+    return table[["id", "count", "group", "part"]].astype({"id": str, "group": str, "part": str}).reset_index(drop=True)
 
-
+# %% ../nbs/05_split.ipynb #08e11163
 def split(
     cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
     counts=range(1, 6), # the counts to keep
     valid:float=.15, # fraction of the eligible bins of each count for validation
     test:float=.15, # fraction of the eligible bins of each count for the test
     seed:int=0, # another seed, another split
-    eval_where:str|dict|None=None, # the bins that may be evaluated on, such as `"in_udacity_file_list=1"`; None: all
-    ids=None, # keep just these bins: ids, or anything that `given_split` takes
-    by:str|None=None, # a column whose values are also shared out evenly within each count, such as `"source"`
+    eval_where:str|dict|None=None, # the eligible bins, such as `"in_udacity_file_list=1"`; None: all
+    ids=None, # keep just these bins: a list of ids, or a path that `given_split` takes
+    by:str|None=None, # a column whose values are shared out evenly too, within each count, such as `"source"`
+    groups:pd.Series|None=None, # groups to keep together; None: `group_bins(cat)`
 )->pd.DataFrame: # the manifest: id, count, group, part; sorted by id
     "Divide bins into train, valid and test so that no group is torn apart."
     cat = _catalogue(cat)
     table = _chosen(cat, counts, ids, eval_where, by)
-    return _divide(table.assign(group=table["id"].map(group_bins(cat))), valid, test, seed)
+    table = table.assign(group=table["id"].map(group_bins(cat) if groups is None else groups))
+    if (lost := table["group"].isna()).any(): raise UsageError(f"groups: bin {table['id'][lost].iloc[0]!r} has none", "pass group_bins(cat)")
+    return _divide(table, valid, test, seed)
 
 
 def random_split(
-    cat, # as for `split`, and so are the others
-    counts=range(1, 6), valid:float=.15, test:float=.15, seed:int=0, eval_where:str|dict|None=None, ids=None, by:str|None=None,
+    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
+    **kwargs, # as for `split`, without `groups`
 )->pd.DataFrame: # a manifest in which every bin is a group of its own
-    "What others do: divide the bins at random, stratified by count. It leaks; it is here to be compared with."
-    table = _chosen(_catalogue(cat), counts, ids, eval_where, by)
-    return _divide(table.assign(group=table["id"]), valid, test, seed)
+    "What is usually done: bins at random, stratified by count. It leaks, and is here to be compared with."
+    cat = _catalogue(cat)
+    return split(cat, groups=pd.Series(cat.bins["id"].to_numpy(dtype=object), cat.bins["id"]), **kwargs)
 
-# %% ../nbs/05_split.ipynb #3fba0b6a
+# %% ../nbs/05_split.ipynb #9f8948dd
 _COLUMNS = ["id", "count", "group", "part"]
 
 
-def _manifest(table, name, torn=False):
-    "`table` in the form of a manifest, if it is one; `torn`: a group may lie in two parts."
-    mend = "make it with binvision split, or mend the file: a line a bin, the columns id,count,group,part"
+def _manifest(table, name, given=False):
+    "`table` as a manifest if it is one; with `given`, a group may lie in two parts."
+    mend = "make the manifest again with binvision split, or mend the file: columns id,count,group,part and a line a bin"
     if missing := [c for c in _COLUMNS if c not in table]: raise DataError(f"{name}: no column {', '.join(missing)}", mend)
-    table = table[_COLUMNS].astype(str)
+    table = table[_COLUMNS].astype(str).reset_index(drop=True)
     if not len(table): raise DataError(f"{name}: holds no bins", mend)
-    for column, fine in {"id": table["id"] != "", "count": table["count"].str.fullmatch("[0-9]{1,6}"), "group": table["group"] != "",
-                         "part": table["part"].isin(PARTS)}.items():
-        if not fine.all():
-            bad = table[~fine].iloc[0]
-            raise DataError(f"{name}: bin {bad['id']!r} has the {column} {bad[column]!r}" + f", not one of {', '.join(PARTS)}" * (column == "part"), mend)
-    if (twice := table["id"].duplicated()).any(): raise DataError(f"{name}: bin {table['id'][twice].iloc[0]!r} stands twice", mend)
+    fine = {"id": table["id"] != "", "count": table["count"].str.fullmatch("[0-9]{1,6}"), "group": table["group"] != "",
+            "part": table["part"].isin(PARTS)}
+    for column, ok in fine.items():
+        if not ok.all():
+            line = int(np.argmin(ok.to_numpy(dtype=bool)))
+            raise DataError(f"{name}: bin {table['id'][line]!r} has the {column} {table[column][line]!r}",
+                            f"the parts are {', '.join(PARTS)}" if column == "part" else mend)
+    if (twice := table["id"].duplicated()).any(): raise DataError(f"{name}: bin {table['id'][twice].iloc[0]!r} stands there twice", mend)
     parts = table.groupby("group")["part"].nunique()
-    if not torn and (parts > 1).any():
-        raise DataError(f"{name}: group {parts.idxmax()!r} lies in two parts", "that split leaks: make it again, or take it as it is with given_split")
+    if not given and parts.max() > 1:
+        raise DataError(f"{name}: group {parts.idxmax()!r} lies in two parts, a leak", "make the split again, or take it as it is: given_split")
     return table.astype({"count": int}).sort_values("id", ignore_index=True)
 
 
 def write_manifest(
     manifest:pd.DataFrame, # what `split` returned
     path:str|os.PathLike, # the CSV file to write
-)->str: # the file's SHA-256, the name of the split
-    "Write a manifest; the same split gives the same bytes."
-    text = _manifest(manifest, "manifest", torn=True).to_csv(index=False, lineterminator="\n")
+)->str: # the file's SHA-256: the name of the split
+    "Write a manifest. The same split gives the same bytes."
+    text = _manifest(manifest, "the manifest", given=True).to_csv(index=False, lineterminator="\n")
     with atomic_write(path, "w") as file: file.write(text)
     return sha256(path)
 
@@ -356,32 +365,33 @@ def read_manifest(
     path:str|os.PathLike, # a CSV file with the columns id, count, group, part
 )->pd.DataFrame: # the manifest; `.attrs["sha256"]` is its name
     "Read and check a manifest."
-    return _read(path, torn=False)
+    return _read(path, given=False)
 
 
-def _read(path, torn):
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"{path}: cannot be read as a CSV file ({getattr(e, 'strerror', None) or e})", "pass the file that binvision split wrote") from e
-    if torn and "id" in table and "group" not in table: table["group"] = table["id"]
-    manifest = _manifest(table, path, torn)
+def _read(path, given):
+    "The manifest in a CSV file; with `given`, it may lack groups, or tear them."
+    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: not a CSV file that can be read ({getattr(e, 'strerror', None) or e})", "pass the file that binvision split wrote") from e
+    if given and "id" in table and "group" not in table: table["group"] = table["id"]
+    manifest = _manifest(table, path, given)
     manifest.attrs["sha256"] = sha256(path)
     return manifest
 
-# %% ../nbs/05_split.ipynb #cdb7d792
+# %% ../nbs/05_split.ipynb #4114d193
 _FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
 def _class_folders(folder):
-    "Rows (id, count, part) of the images in `train/1/ …` or, all of them train, in `1/ …`."
+    "Rows (id, count, part) of the images in `train/1/ …`, or in `1/ …`, which is train."
     for path in sorted(folder.glob("*/*")) + sorted(folder.glob("*/*/*")):
         *part, count, name = path.relative_to(folder).parts
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and count.isdecimal() and (not part or part[0] in _FOLDERS):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and name[0] != "." and count.isdecimal() and (not part or part[0] in _FOLDERS):
             yield bin_id(name), count, _FOLDERS[part[0]] if part else "train"
 
 
-def _json_list(path):
-    "Rows (id, count, part) of Udacity's `{count: [paths]}` or of the challenge's `[[index, count]]`, all of them train."
+def _listed(path):
+    "Rows (id, count, part) of Udacity's `{count: [paths]}`, or of the challenge's `[[index, count], …]`."
     try:
         listed = json.loads(path.read_bytes())
         if isinstance(listed, list): return [(f"{index + 1:05d}", str(count), "train") for index, count in listed]
@@ -391,67 +401,66 @@ def _json_list(path):
 
 
 def given_split(
-    source, # class folders in train/, valid/, test/; a manifest; Udacity's file_list.json; or {part: any of these}
-)->pd.DataFrame: # a manifest in which every bin keeps its part; one without parts is all train
-    "Take a split as somebody else made it; `leak_report` says what it is worth."
+    source, # a folder of class folders, a .json list, a CSV manifest, or a dict of part → one of these
+)->pd.DataFrame: # a manifest in which each bin keeps its part; where no groups are given a bin is a group of its own
+    "Take a split as it was made elsewhere; `leak_report` tells what it is worth."
     if isinstance(source, dict):
-        return _manifest(pd.concat([given_split(s).assign(part=part) for part, s in source.items()]), "split", torn=True)
+        tables = [given_split(s).assign(part=part) for part, s in source.items()]
+        return _manifest(pd.concat(tables), ", ".join(map(str, source.values())), given=True)
     path = Path(source)
-    if path.suffix == ".json": rows = _json_list(path)
-    elif path.is_dir(): rows = list(_class_folders(path))
-    else: return _read(path, torn=True)
-    if not rows: raise DataError(f"{path}: no class folders of images", "pass a folder with train/1/ …, or with 1/ …")
+    if path.suffix != ".json" and not path.is_dir(): return _read(path, given=True)
+    rows = list(_class_folders(path)) if path.is_dir() else _listed(path)
+    if not rows: raise DataError(f"{path}: no images in class folders", "pass a folder that holds train/1/ … test/5/, or 1/ … 5/")
     table = pd.DataFrame(rows, columns=["id", "count", "part"])
-    return _manifest(table.assign(group=table["id"]), path, torn=True)
+    return _manifest(table.assign(group=table["id"]), path, given=True)
 
-# %% ../nbs/05_split.ipynb #b7428031
-def _elsewhere(part, same, pairs=(), hub=None):
-    """Which bins have a relative in another part. `part` has a bit a part; a bin's relatives are all with the same
-    `same`, those of the other end of `pairs`, and those on the same of `hub`s."""
+# %% ../nbs/05_split.ipynb #a17fa69f
+def _elsewhere(part, same, pairs=(), hubs=None):
+    "Which bins have a relative in another part; relatives have the same `same`, are a pair, or meet on a hub. A bit a part."
     there = np.zeros(len(part), np.uint8)
     np.bitwise_or.at(there, same, part)
     seen = there.copy()
     for a, b in pairs:
         np.bitwise_or.at(seen, a, there[b])
         np.bitwise_or.at(seen, b, there[a])
-    if hub is not None:
-        row, asin = hub
-        met = np.zeros(asin.max(initial=0) + 1, np.uint8)
-        np.bitwise_or.at(met, asin, there[row])
-        np.bitwise_or.at(seen, row, met[asin])
+    if hubs is not None:
+        row, hub = hubs
+        met = np.zeros(hub.max(initial=0) + 1, np.uint8)
+        np.bitwise_or.at(met, hub, there[row])
+        np.bitwise_or.at(seen, row, met[hub])
     return (seen[same] & ~part) != 0
 
 
-def _leaks(manifest, cat):
-    "A row a part: bins, and how many of them have a relative of each kind in another part."
-    bins = cat.bins[cat.bins["id"].isin(manifest["id"])]
-    if len(bins) < len(manifest):
-        gone = manifest["id"][~manifest["id"].isin(bins["id"])]
-        raise DataError(f"{len(gone)} of the manifest's {len(manifest)} bins are not in the catalogue, such as {gone.iloc[0]!r}",
-                        "pass the data set that was split, or leave these bins out of the manifest")
-    links = _Links(bins, cat.items)
-    part = links.bins["id"].map(manifest.set_index("id")["part"]).to_numpy()
-    bit, alone, near = np.select([part == p for p in PARTS], [1, 2, 4]).astype(np.uint8), np.arange(len(bins)), np.stack([links.near_a, links.near_b])
-    entry = links.held.tocoo()
-    kinds = {"neighbour sharing an ASIN": _elsewhere(bit, alone, [near[:, links.sharing]]),
-             "ASIN Jaccard ≥ 0.3": _elsewhere(bit, links.same, _asin_pairs(links.held, links.kinds), _lone_links(links.held, links.kinds)),
-             "near-duplicate picture": _elsewhere(bit, links.picture, _picture_pairs(links.value, links.pictures)),
-             "neighbour without metadata": _elsewhere(bit, alone, [near[:, links.unknown]]),
-             "any shared ASIN": _elsewhere(bit, alone, hub=(entry.row, entry.col))}
-    table = pd.DataFrame({"part": part, "bins": 1, **kinds}).groupby("part").sum().reindex([p for p in PARTS if (part == p).any()])
+def _leaks(manifest, ties):
+    "A row a part: its bins, and those that have a relative of each kind in another part."
+    part = ties.bins["id"].map(manifest.set_index("id")["part"]).to_numpy()
+    bit, alone = np.select([part == p for p in PARTS], [1, 2, 4]).astype(np.uint8), np.arange(len(part))
+    kind = {"neighbour sharing an ASIN": _elsewhere(bit, alone, [ties.sharing]),
+            "ASIN Jaccard ≥ 0.3": _elsewhere(bit, ties.same, _asin_pairs(ties.held, ties.kinds, ties.jaccard),
+                                             _lone_links(ties.held, ties.kinds, ties.jaccard)),
+            "near-duplicate picture": _elsewhere(bit, ties.picture, _picture_pairs(ties.value, ties.pictures)),
+            "neighbour without metadata": _elsewhere(bit, alone, [ties.unknown]),
+            "any shared ASIN": _elsewhere(bit, alone, hubs=ties.held.nonzero())}
+    table = pd.DataFrame({"part": part, "bins": 1, **kind}).groupby("part").sum().reindex([p for p in PARTS if p in set(part)])
     table.loc["all"] = table.sum()
     return table
 
 
 def leak_report(
     manifest:pd.DataFrame, # what `split`, `read_manifest` or `given_split` returned
-    cat, # the `Catalogue` (or folder) that holds its bins
-    seed:int|None=0, # of the random split that stands beside it; None: leave that out
-)->pd.DataFrame: # index: split, part; columns: the number of bins, and of those with a relative in another part
-    "How many bins of each part have a relative in another part, here and in a random split with parts of the same sizes."
+    cat, # the `Catalogue` (or a folder) that holds its bins
+    beside:pd.DataFrame|None=None, # a manifest to compare with; None: the same bins, their parts shuffled within each count
+)->pd.DataFrame: # index: split and part; columns: bins, and how many of those have a relative in another part
+    "How many bins of each part have a relative in another part, and in a random split beside it."
     cat = _catalogue(cat)
-    tables = {"this": _leaks(manifest, cat)}
-    if seed is not None:
-        mixed = manifest.groupby("count", group_keys=False)["part"].transform(lambda p: rng(seed, "mix", p.name).permutation(p.to_numpy()))
-        tables["random"] = _leaks(manifest.assign(part=mixed), cat)
+    if beside is None:
+        beside = manifest.assign(part=manifest.groupby("count")["part"].transform(lambda p: rng(0, "beside", p.name).permutation(p)))
+    tables = {}
+    for name, one in {"this": manifest, "random": beside}.items():
+        bins = cat.bins[cat.bins["id"].isin(one["id"])]
+        if len(bins) < len(one):
+            gone = one["id"][~one["id"].isin(bins["id"])]
+            raise DataError(f"{len(gone)} of the {len(one)} bins of the manifest are not in the catalogue, such as {gone.iloc[0]!r}",
+                            "pass the data set that was split, or leave these bins out of the manifest")
+        tables[name] = _leaks(one, _Ties(bins, cat.items, .3))
     return pd.concat(tables, names=["split", "part"])
