@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageOps
 
 from .core import UsageError, atomic_write, html_page, rng
-from .metadata import Catalogue, catalogue as read_data, read_catalogue
+from .metadata import Catalogue, _gray, catalogue as read_data, read_catalogue
 
 # %% ../nbs/04_explore.ipynb #1fba95f8
 _MAIN, _ACCENT, _GRAY = "#2a6f97", "#e07a3f", "#8a8f94"
@@ -114,7 +114,7 @@ def plot_brightness(
 # %% ../nbs/04_explore.ipynb #d34630a4
 def _histogram(ax, values, color, label=None):
     "A histogram over bins of equal ratio."
-    edges = np.geomspace(values.min() / 1.05, values.max() * 1.05, 36)
+    edges = np.geomspace(values.min() / 1.05, values.max() * 1.05, int(np.clip(len(values)**.5, 8, 36)))
     ax.hist(values, edges, histtype="stepfilled" if label is None else "step", color=color, lw=1.6, label=label)
 
 
@@ -167,17 +167,19 @@ def _contents(items, ids):
     rows, lines = items[items["id"].isin(ids)], {}
     for row in rows.itertuples():
         name = row.name if isinstance(row.name, str) else row.asin
-        lines.setdefault(row.id, []).append(_cut(f"{row.quantity} × {name}", 32))
+        lines.setdefault(row.id, []).append(_cut(f"{row.quantity} × {name}", 38))
     return {id: "\n".join(some[:4] + ["…"][:len(some) > 4]) for id, some in lines.items()}
 
 
 def _show(ax, path, anchor, side=240):
     "Draw a picture upright, reduced to `side` pixels, at the top (N) or the bottom (S) of its room."
-    with Image.open(path) as image:
-        image.draft("RGB", (side, side))
-        small = ImageOps.exif_transpose(image).convert("RGB")
-    small.thumbnail((side, side))
-    ax.imshow(small)
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))
+            small = (_gray(image) if image.mode[0] == "I" else ImageOps.exif_transpose(image)).convert("RGB")
+        small.thumbnail((side, side))
+        ax.imshow(small)
+    except OSError: _nothing(ax, "the image\nhas gone")
     ax.set(xticks=[], yticks=[], anchor=anchor)
     ax.spines[:].set_visible(False)
 
@@ -202,8 +204,8 @@ def plot_samples(
         for ax, row in zip(line, some.itertuples()):
             ax.axis("on")
             _show(ax, Path(data)/row.image, "N")
-            ax.set_title(f"count {count}  ·  {row.id}", fontsize=9, loc="left", color=_MAIN)
-            ax.set_xlabel(held.get(row.id, "" if row.count == 0 else "contents unknown"), fontsize=7, loc="left")
+            ax.set_title(f"count {count}  ·  {row.id}", fontsize=9, loc="left", color=_MAIN, parse_math=False)
+            ax.set_xlabel(held.get(row.id, "" if row.count == 0 else "contents unknown"), fontsize=7, loc="left", parse_math=False)
     return figure
 
 # %% ../nbs/04_explore.ipynb #05c67084
@@ -251,8 +253,8 @@ def plot_pairs(
         for ax, id in zip(frame.subplots(1, 2), (pair["id"], pair["other"])):
             _show(ax, Path(data)/bins.loc[id, "image"], "S")
             count = bins.loc[id, "count"]
-            ax.set_title(f"{id}  ·  count {'unknown' if pd.isna(count) else count}", fontsize=9, loc="left", color=_MAIN)
-        frame.supxlabel(textwrap.fill(str(pair[note]), 62), fontsize=8)
+            ax.set_title(f"{id}  ·  count {'unknown' if pd.isna(count) else count}", fontsize=9, loc="left", color=_MAIN, parse_math=False)
+        frame.supxlabel(textwrap.fill(str(pair[note]), 62), fontsize=8, parse_math=False)
     return figure
 
 # %% ../nbs/04_explore.ipynb #a24e1d44
@@ -347,8 +349,8 @@ def _sections(data, cat, tables, seed):
         ("Items", [_side_by_side(lambda ax: plot_dimensions(items, ax), lambda ax: plot_weights(items, ax))]
                   if len(items) else ["No documents: what the bins hold is unknown."]),
         ("Bins by count", [plot_samples(data, cat, common, seed=seed)] if common else ["No bin has a count."]),
-        ("Before and after", [f"{len(changed):,} pairs of neighbouring ids share a product: photos of one bin. They belong in one part "
-                              "of a split.", plot_pairs(data, cat, moved, n=8)] if len(moved) else ["No neighbouring ids share a product."]),
+        ("Before and after", [f"{len(changed):,} pairs of neighbouring ids share a product: most are photos of one bin. They belong in "
+                              "one part of a split.", plot_pairs(data, cat, moved, n=8)] if len(moved) else ["No neighbouring ids share a product."]),
         ("Near-duplicates", [f"{len(alike):,} pairs of images hardly differ; the closest:", plot_pairs(data, cat, alike, "note", n=6)]
                             if len(alike) else ["No two images are nearly the same."]),
         ("Bins to look at again", _rows(tables["suspicious"], "suspicious", "Nothing suspicious: every image can be read, none is tiny or dark, "

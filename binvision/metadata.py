@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import DataError, ImageError, atomic_write, bin_id
 
@@ -184,7 +184,7 @@ def _image_reason(path, error):
     if isinstance(error, OSError) and error.strerror: return error.strerror
     return f"cannot be decoded, {error}"
 
-# %% ../nbs/02_metadata.ipynb #2a8d607b
+# %% ../nbs/02_metadata.ipynb #5ab06f56
 def _labels(data, problems):
     "The counts of `labels.csv` by id, and its other columns as a table by id."
     path = data/"labels.csv"
@@ -212,7 +212,7 @@ _ITEMS = pa.schema([("id", pa.string()), ("asin", pa.string()), ("name", pa.stri
                     *((name, pa.float64()) for name in _MEASURES)])
 _PROBLEMS = ["id", "file", "reason"]
 
-# %% ../nbs/02_metadata.ipynb #25e9f2e9
+# %% ../nbs/02_metadata.ipynb #a1c728c1
 @dataclass(repr=False)
 class Catalogue:
     "The tables of a data set: a row a bin, a row an item in a bin, a row a problem."
@@ -259,7 +259,7 @@ def read_catalogue(
         raise DataError(f"{folder}: not a whole catalogue ({e})", "make it again: binvision catalogue DATA --out CATALOGUE") from e
     return Catalogue(bins, items, problems)
 
-# %% ../nbs/02_metadata.ipynb #6db27261
+# %% ../nbs/02_metadata.ipynb #c6d0469e
 class _Found:
     "The ids of a data set folder's documents, images and labels, and the problems that show before a file is opened."
     def __init__(self, data):
@@ -286,7 +286,7 @@ class _Found:
         except OSError as e: return None, [], [(id, file, e.strerror or str(e))]
         return row, items, [(id, file, note) for note in row.pop("notes")]
 
-# %% ../nbs/02_metadata.ipynb #1b8914a4
+# %% ../nbs/02_metadata.ipynb #6f85bc0f
 def _bin(found, id):
     "A row of `bins` (None if nothing usable has this id), its rows of `items`, its problems."
     row, items, problems = found.document(id) if id in found.documents else (None, [], [])
