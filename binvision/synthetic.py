@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import types
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -771,12 +772,19 @@ def _no_main():
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _follow():
+    "In a new process: leave Ctrl-C to the caller, and end when the caller has ended."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    caller = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (caller.join(), os._exit(1)), daemon=True).start()
+
+
 def _in_processes(tasks, workers):
     "Call `_write_bins` with each of `tasks` in new processes, and yield how many bins each wrote."
     from binvision import synthetic # by its name, which the new processes know, also when this runs in its notebook
 
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, context, synthetic._follow)
     try:
         with _no_main(): jobs = [pool.submit(synthetic._write_bins, *task) for task in tasks]
         for job in as_completed(jobs): yield job.result()
