@@ -25,13 +25,15 @@ def check_installed():
 
 
 def check_demo(folder):
-    wanted = ["data/labels.csv", "catalogue/bins.parquet", "manifest.csv", "run/history.csv", "run/lr_find.png",
+    wanted = ["data/bin-images/00001.jpg", "catalogue/bins.parquet", "explore/index.html", "manifest.csv", "run/history.csv", "run/lr_find.png",
               "run/curves.png", "run/model/card.json", "run/model/model.safetensors", "run/model/model.onnx",
               "report/report.html", "report/metrics.json", "predictions.csv"]
     missing = [name for name in wanted if not (folder/name).is_file() or not (folder/name).stat().st_size]
     assert not missing, f"the demo did not leave {missing}"
-    metrics = json.loads((folder/"report/metrics.json").read_text())
-    print(f"the demo left all of {len(wanted)} files; metrics.json has {len(metrics)} entries")
+    result = json.loads((folder/"report/metrics.json").read_text())
+    model, constant = (x["accuracy"]["value"] for x in (result["metrics"], result["constants"]["commonest"]))
+    print(f"the demo left all of {len(wanted)} files; accuracy {model:.3f}, of the constant {constant:.3f}")
+    assert model >= 2 * constant, "the demo's model is not twice as often right as the constant"
 
 
 if len(sys.argv) > 1: check_demo(Path(sys.argv[1]))
