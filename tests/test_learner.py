@@ -1,0 +1,71 @@
+"""What 08_learner cannot show in seconds: the main job on real bins, and that a run can be repeated."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from binvision.inference import load_model, predict
+from binvision.learner import load_torch, train
+
+ABID = Path(os.environ.get("BINVISION_ABID") or Path(__file__).parents[2] / "shared" / "abid")
+WEIGHTS = Path(os.environ.get("BINVISION_WEIGHTS") or ABID.parent / "weights" / "mobilenet_v2_imagenet.safetensors")
+real = pytest.mark.skipif(not (ABID.is_dir() and WEIGHTS.is_file()), reason="needs real bins and pretrained weights: set "
+                          "BINVISION_ABID to a part of the Amazon Bin Image Dataset, BINVISION_WEIGHTS to MobileNetV2 weights")
+
+
+@real
+def test_main_job_on_real_bins(tmp_path):
+    from binvision.evaluate import evaluate
+    from binvision.metadata import catalogue
+    from binvision.split import split, write_manifest
+
+    cat = catalogue(ABID, images=False)
+    course = cat.bins[cat.bins["in_udacity_file_list"] == "1"]["id"].head(400)
+    manifest = split(cat, ids=course, eval_where="in_udacity_file_list=1", valid=.2, test=.2)
+    write_manifest(manifest, tmp_path / "manifest.csv")
+    run = train(ABID, tmp_path / "manifest.csv", tmp_path / "run", arch="mobilenet_v2", weights=WEIGHTS, size=96,
+                mean=.5, std=.5, epochs=1, lr=2e-3, workers=0)
+    card = load_model(run / "model").card
+    assert card["arch"] == "mobilenet_v2" and card["counts"] == [1, 2, 3, 4, 5] and card["mean"] == [.5] * 3
+    assert list(pd.read_csv(run / "history.csv").phase) == ["frozen", "all layers"]
+    result = evaluate(run / "model", ABID, tmp_path / "manifest.csv", out=tmp_path / "report")
+    assert result["metrics"]["n"] == (manifest.part == "test").sum() and not result["failed"] and not result["warnings"]
+    assert (tmp_path / "report" / "report.html").stat().st_size > 50_000
+
+
+@real
+@pytest.mark.parametrize("folder", ["bin-images", "original-resolution"])
+def test_pretrained_weights_fit_and_agree_with_torch(tmp_path, folder):
+    "The body keeps the pretrained tensors, and ONNX Runtime answers as torch does on real photographs of both kinds."
+    import torch
+
+    from binvision.data import bin_dataloaders
+    from binvision.inference import preprocess, softmax
+    from binvision.learner import bin_learner, read_weights, write_model
+    from binvision.metadata import catalogue
+    from binvision.split import split
+
+    cat = catalogue(ABID, images=False)
+    manifest = split(cat, ids=cat.bins[cat.bins["in_udacity_file_list"] == "1"]["id"].head(200))
+    learn = bin_learner(bin_dataloaders(ABID, manifest, size=96, mean=[.5] * 3, std=[.5] * 3, workers=0),
+                        "mobilenet_v2", WEIGHTS, path=tmp_path)
+    assert torch.equal(learn.model[0][0][0][0].weight, read_weights(WEIGHTS)["features.0.0.weight"])
+    model = load_model(write_model(learn, tmp_path / "model"))
+    pictures = sorted((ABID / folder).glob("*.jpg"))[:32]
+    with torch.no_grad():
+        expected = load_torch(tmp_path / "model")(torch.tensor(np.stack([preprocess(p, model.card) for p in pictures])))
+    got = [list(p.probabilities.values()) for p in predict(model, pictures)]
+    assert np.abs(np.array(got) - softmax(expected.numpy())).max() < 1e-3
+
+
+def test_the_same_seed_gives_the_same_model(data, manifest, tmp_path):
+    "Two runs on the processor, with a learning-rate search in one of them, end with the same weights."
+    options = dict(arch="resnet18", weights=None, size=48, batch_size=8, epochs=1, seed=3, workers=0, device="cpu")
+    first = train(data, manifest, tmp_path / "first", **options)
+    lr = json.loads((first / "config.json").read_text())["lr"]
+    again = train(data, manifest, tmp_path / "again", lr=lr, **options)
+    one, two = (load_torch(run / "model").state_dict() for run in (first, again))
+    for name in one: np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), atol=1e-6, err_msg=name)
