@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BinvisionError', 'DataError', 'ImageError', 'ModelError', 'UsageError', 'bin_id', 'rng', 'set_seed', 'atomic_write',
-           'atomic_folder', 'sha256', 'html_page']
+           'atomic_folder', 'sha256', 'figure', 'html_page']
 
 # %% ../nbs/00_core.ipynb #4196a8b8
 import base64
@@ -145,6 +145,17 @@ def sha256(
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #e230dc2f
+def figure(
+    **kwargs, # handed to `matplotlib.pyplot.figure`: figsize (inches), dpi, …
+):
+    "A matplotlib figure that belongs to the caller: shown where it is returned, kept by nobody else."
+    import matplotlib.pyplot as plt
+
+    fig = plt.figure(**{"layout": "constrained", **kwargs})
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/00_core.ipynb #86f6f6c8
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>

@@ -46,11 +46,11 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 from tqdm import tqdm
 
-from .core import DataError, ModelError, UsageError, atomic_write, set_seed, sha256
+from .core import ModelError, UsageError, atomic_write, figure, set_seed, sha256
 from .data import IMAGENET, bin_dataloaders
 from .inference import check_file, predict, read_card, save_model, softmax
 
-# %% ../nbs/08_learner.ipynb #fabaa05d
+# %% ../nbs/08_learner.ipynb #6db2973d
 _HEADS = ("fc.", "classifier.", "head.", "heads.", "aux") # the parts of a pretrained network that are replaced
 
 
@@ -105,6 +105,12 @@ def _torchvision_body(arch, weights):
     return nn.Sequential(*body)
 
 
+def _undecided(model):
+    "The same model with a last layer that starts near zero: all counts are equally probable until something is learnt."
+    nn.init.normal_(model[1][-1].weight, std=.01)
+    return model
+
+
 def build_model(
     arch:str, # a torchvision or timm architecture, such as `"resnet50"`
     n_out:int, # how many counts there are
@@ -113,16 +119,16 @@ def build_model(
     "A network for counting: a pretrained body and a fresh head."
     if arch in torchvision.models.list_models(module=torchvision.models):
         body = _torchvision_body(arch, weights)
-        return add_head(body, num_features_model(body), n_out)
+        return _undecided(add_head(body, num_features_model(body), n_out))
     if not timm.is_model(arch):
         raise ModelError(f"arch {arch!r}: neither torchvision nor timm knows it",
                          "torchvision.models.list_models() and timm.list_models() give the names")
     pretrained = weights == "imagenet"
     model, _ = _download(arch, lambda: create_timm_model(arch, n_out, pretrained=pretrained))
     if weights is not None and not pretrained: _load_backbone(model[0].model, weights, arch)
-    return model
+    return _undecided(model)
 
-# %% ../nbs/08_learner.ipynb #d879fb36
+# %% ../nbs/08_learner.ipynb #6ec26e40
 def mae(
     counts:list, # the counts that the classes stand for
 ):
@@ -161,7 +167,7 @@ def bin_learner(
     if weights is not None: learn.freeze()
     return learn
 
-# %% ../nbs/08_learner.ipynb #208aad61
+# %% ../nbs/08_learner.ipynb #ffc1aa16
 @contextmanager
 def keep_random_state():
     "Leave Python's, numpy's and torch's random state after the block as it was before."
@@ -179,14 +185,14 @@ def suggest_lr(
 )->tuple[float, Figure]: # the suggested learning rate, and loss against learning rate
     "Search a learning rate with fastai's `lr_find`; neither weights nor random state are changed."
     loaders = [(dl, dl.rng.getstate()) for dl in learn.dls.loaders]
-    with keep_random_state(), learn.no_bar(): learn.lr_find(num_it=num_it, show_plot=False, suggest_funcs=None)
+    with keep_random_state(), learn.no_bar(): learn.lr_find(start_lr=1e-5, num_it=num_it, show_plot=False, suggest_funcs=None)
     for dl, state in loaders: dl.rng.setstate(state)
     rates, losses = np.array(learn.recorder.lrs), np.array([float(x) for x in learn.recorder.losses])
     seen = slice(num_it // 10, -5 if len(losses) > num_it // 10 + 15 else None)
     rates, losses = rates[seen][np.isfinite(losses[seen])], losses[seen][np.isfinite(losses[seen])]
     if len(rates) < 5: raise UsageError("the loss is not finite: no learning rate can be suggested", "check the images and mean and std, or pass lr")
     lr, (_, loss) = valley(rates, losses, num_it)
-    fig = Figure(figsize=(6, 3.4), layout="constrained")
+    fig = figure(figsize=(6, 3.4))
     ax = fig.subplots()
     ax.plot(rates, losses, color="#2a6f97")
     ax.plot(lr, loss, "o", color="#e07a3f", label=f"suggested: {lr:.2g}")
@@ -194,7 +200,7 @@ def suggest_lr(
     ax.legend()
     return lr, fig
 
-# %% ../nbs/08_learner.ipynb #94c439d0
+# %% ../nbs/08_learner.ipynb #ded7a6b2
 class KeepBest(SaveModelCallback):
     "Save the weights of the best epoch of all phases, and load them at the end of each."
 
@@ -224,12 +230,12 @@ class RunLog(Callback):
     def after_epoch(self):
         self.bar.close()
         names = list(self.recorder.metric_names)[1:-1]
-        row = {"phase": self.phase, "epoch": len(self.rows) + 1, "lr": self.opt.hypers[-1]["lr"],
+        row = {"phase": self.phase, "epoch": len(self.rows) + 1,
                **dict(zip(names, self.recorder.values[-1])), "seconds": round(time.perf_counter() - self.start, 1)}
         self.rows.append(row)
         with atomic_write(self.history, "w") as file:
             writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerows(self.rows)
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "lr"), flush=True)
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "seconds"), flush=True)
 
     def after_fit(self): self.bar.close()
 
@@ -257,14 +263,14 @@ def fine_tune(
             learn.fit_one_cycle(epochs, rates, cbs=[log, best, stop()])
     return log.rows
 
-# %% ../nbs/08_learner.ipynb #8ef33235
+# %% ../nbs/08_learner.ipynb #80d67d96
 def plot_history(
     history, # history.csv of a run, or its rows as a DataFrame
     axes=None, # two matplotlib axes; `None` makes a figure
 )->Figure:
     "Loss, and accuracy with mean absolute error, after each epoch; the kept epoch is marked."
     rows = history if isinstance(history, pd.DataFrame) else pd.read_csv(history)
-    fig = Figure(figsize=(9, 3.2), layout="constrained") if axes is None else axes[0].figure
+    fig = figure(figsize=(9, 3.2)) if axes is None else axes[0].figure
     left, right = fig.subplots(1, 2) if axes is None else axes
     left.plot(rows.epoch, rows.train_loss, color="grey", label="train")
     left.plot(rows.epoch, rows.valid_loss, color="#2a6f97", marker=".", label="validation")
@@ -278,7 +284,7 @@ def plot_history(
         ax.legend()
     return fig
 
-# %% ../nbs/08_learner.ipynb #7e65838f
+# %% ../nbs/08_learner.ipynb #25e411f5
 def fit_temperature(
     logits:np.ndarray, # n × number of counts
     labels:np.ndarray, # n class indices
@@ -304,7 +310,7 @@ def calibrate(
     return temperature, {"n": len(true), "accuracy": float((found == true).mean()), "mae": float(np.abs(found - true).mean()),
                          "nll": float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())}
 
-# %% ../nbs/08_learner.ipynb #a4979adc
+# %% ../nbs/08_learner.ipynb #f5e6eaf8
 def _export_onnx(model, size):
     "The network as ONNX bytes, after checking that ONNX Runtime gives torch's logits."
     import contextlib
@@ -361,7 +367,7 @@ def load_torch(
                          "take the whole model folder from its source again") from e
     return model.eval()
 
-# %% ../nbs/08_learner.ipynb #6ab50d6a
+# %% ../nbs/08_learner.ipynb #266b1a2f
 def _start_run(out, overwrite):
     "An empty run folder; one that holds a finished run is only replaced when asked for."
     out = Path(out)
