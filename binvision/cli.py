@@ -261,7 +261,7 @@ def predict(
     _name_failures(failed, 2 if len(failed) == len(paths) else 1)
 
 # %% ../nbs/13_cli.ipynb #306ecf7d
-_DEMO = dict(arch="resnet18", weights=None, size=64, batch_size=16, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
+_DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=16, frozen_epochs=0, patience=16, augment=0.5)
 _LEFT = """What binvision demo left here
 =============================
 
@@ -346,4 +346,4 @@ def _next(out):
     folder = shlex.quote(str(out))
     return (f"  binvision predict {folder}/run/model {folder}/data/bin-images/00001.jpg --json\n"
             f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
-            f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch resnet34 --weights none --size 128 --epochs 3")
+            f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 96 --lr 0.002")
