@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'FIGURES', 'PER_CLASS', 'MAIN', 'ACCENT', 'GREY', 'decode', 'metrics', 'constants', 'metrics_table',
-           'class_table', 'difference', 'show_confusion', 'show_recall', 'calibration', 'show_calibration', 'coverage',
-           'show_coverage', 'compare', 'show_comparison', 'show_mistakes', 'grad_cam', 'show_grad_cam', 'evaluate',
+           'class_table', 'difference', 'plot_confusion', 'plot_recall', 'calibration', 'plot_calibration', 'coverage',
+           'plot_coverage', 'compare', 'plot_comparison', 'plot_mistakes', 'grad_cam', 'plot_grad_cam', 'evaluate',
            'read_predictions']
 
 # %% ../nbs/09_evaluate.ipynb #e7541c68
@@ -23,7 +23,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from .core import DataError, ModelError, UsageError, atomic_write, html_page, rng, sha256
+from .core import DataError, ModelError, UsageError, atomic_write, figure, html_page, rng, sha256
 from .inference import Model, load_image, load_model, predict, preprocess, read_card
 from .split import read_manifest
 
@@ -98,11 +98,10 @@ def _resampled(rows, groups, n_boot, seed):
 def _number(x): return float(x) if np.isfinite(x) else None  # JSON has no NaN
 
 
-def _interval(value, resampled, mirror=False):
-    "A figure and its 95 % percentile interval; `mirror` reflects the interval at the value (not below 0)."
+def _interval(value, resampled):
+    "A figure and its 95 % percentile interval."
     known = np.asarray(resampled)[np.isfinite(resampled)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
-    if mirror: low, high = max(0, 2*value - high), max(0, 2*value - low)
     return {"value": _number(value), "low": _number(low), "high": _number(high)}
 
 # %% ../nbs/09_evaluate.ipynb #e34ed0bb
@@ -138,8 +137,9 @@ def metrics(
     if groups.max() == 0: resampled = resampled[:0]  # one group alone says nothing about others
     now, again = _figures(sums, counts), _figures(resampled, counts)
     result = {"n": len(y), "n_groups": int(groups.max()) + 1, "counts": counts.tolist()}
-    result |= {name: _interval(now[name], again[name], mirror=name == "ece") for name in FIGURES}
+    result |= {name: _interval(now[name], again[name]) for name in FIGURES}
     result["ece_if_calibrated"] = _ece_if_calibrated(p.max(1), seed)
+    if len(resampled): result["ece"] |= _ece_ends(now["ece"], again["ece"], result["ece_if_calibrated"]["high"])
     result["per_class"] = {str(count): {"support": int((y == i).sum())} | {
         name: _interval(now[name][i], again[name][:, i]) for name in PER_CLASS} for i, count in enumerate(counts)}
     result["confusion"] = sums[:len(counts)**2].reshape(len(counts), -1).astype(int).tolist()
@@ -152,6 +152,13 @@ def _ece_if_calibrated(confidence, seed, n=200):
     gaps = [np.bincount(step, (random.random(len(step)) < confidence) - confidence, STEPS) for _ in range(n)]
     errors = np.abs(gaps).sum(1)/len(step)
     return _interval(errors.mean(), errors)
+
+
+def _ece_ends(value, resampled, calibrated):
+    "The ends of the interval of the calibration error, with the bias of the resamples taken back."
+    high = np.percentile(resampled, 97.5)
+    low = 0 if value <= calibrated else max(0, 2*value - high)
+    return {"low": float(low), "high": float(high - (resampled.mean() - value))}
 
 # %% ../nbs/09_evaluate.ipynb #7da86061
 def constants(
@@ -233,7 +240,7 @@ def _axes(ax, width=4.6, height=3.6):
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 
 
-def show_confusion(
+def plot_confusion(
     m:dict, # what `metrics` gave
     ax=None, # matplotlib axes; new ones if `None`
 )->plt.Axes:
@@ -248,7 +255,7 @@ def show_confusion(
     return ax
 
 
-def show_recall(
+def plot_recall(
     m:dict, # what `metrics` gave
     ax=None, # matplotlib axes; new ones if `None`
 )->plt.Axes:
@@ -278,7 +285,7 @@ def calibration(
     return table.assign(low=(middle - half)/(1 + z*z/n), high=(middle + half)/(1 + z*z/n))
 
 
-def show_calibration(
+def plot_calibration(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
     counts:list, # the count of each column, ascending
@@ -310,7 +317,7 @@ def coverage(
     return table[np.diff(sure, append=-1) != 0].reset_index(drop=True)
 
 
-def show_coverage(
+def plot_coverage(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
     counts:list, # the count of each column, ascending
@@ -357,13 +364,13 @@ def compare(
     return pd.DataFrame(rows).T.astype(float).astype({"images": int})
 
 
-def show_comparison(
+def plot_comparison(
     results:dict, # as for `compare`
-    figure:str="accuracy", # `"accuracy"`, `"mae"`, `"rmse"` or `"macro_f1"`
+    measure:str="accuracy", # `"accuracy"`, `"mae"`, `"rmse"` or `"macro_f1"`
     ax=None, # matplotlib axes; new ones if `None`
 )->plt.Axes:
     "One figure of several models with their 95 % intervals."
-    ax, table, title = _axes(ax, 5.5, .6 + .5*len(results)), compare(results), FIGURES[figure]
+    ax, table, title = _axes(ax, 5.5, .6 + .5*len(results)), compare(results), FIGURES[measure]
     value, place = table[title], np.arange(len(table))
     ax.errorbar(value, place, xerr=[value - table[f"{title} low"], table[f"{title} high"] - value], fmt="o", color=MAIN, capsize=4)
     for x, y in zip(value, place): ax.annotate(f"{x:.3f}", (x, y), (0, 7), textcoords="offset points", ha="center")
@@ -400,13 +407,13 @@ def _grid(n, columns, side=2.1):
     "A figure of `n` pictures without axes, and their axes."
     columns = max(1, min(n, columns))
     rows = max(1, -(-n//columns))
-    fig = Figure(figsize=(side*columns, (side + .35)*rows), layout="constrained")
+    fig = figure(figsize=(side*columns, (side + .35)*rows))
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes: ax.axis("off")
     return fig, axes
 
 
-def show_mistakes(
+def plot_mistakes(
     table:pd.DataFrame, # columns `id`, `path`, `count`, `predicted`, `confidence`, such as `evaluate` makes
     n:int=8, # how many pictures
     columns:int=4, # side by side
@@ -460,7 +467,7 @@ def grad_cam(
     return _cam(card, net, source, count)
 
 
-def show_grad_cam(
+def plot_grad_cam(
     model, # a model folder, or a `Model`
     sources:list, # pictures: whatever `predict` takes
     titles:list=None, # one a picture; the explained answer is added
@@ -537,7 +544,7 @@ def _lead(result):
 
 def _pair(*draw, width=10, height=4):
     "A figure with one picture a function that draws on axes."
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = figure(figsize=(width, height))
     for ax, function in zip(fig.subplots(1, len(draw), squeeze=False)[0], draw): function(ax)
     return fig
 
@@ -547,7 +554,7 @@ def _cams(model, good, n):
     right = good.sort_values("confidence", ascending=False, kind="stable")
     few = pd.concat([part.head(k) for part, k in ((right[right.predicted != right["count"]], n//2),
                                                    (right[right.predicted == right["count"]], n - n//2))])
-    try: return [show_grad_cam(model, list(few.path), [f"{r.id}: {r.count} in it" for r in few.itertuples()])]
+    try: return [plot_grad_cam(model, list(few.path), [f"{r.id}: {r.count} in it" for r in few.itertuples()])]
     except ModelError as e: return [f"No Grad-CAM: {e.problem}."]
 
 
@@ -567,9 +574,9 @@ def _report(result, table, model, cams):
         ("Figures", [*(f"Note: {w}" for w in result["warnings"]), metrics_table(m, result["constants"]),
                      f"low and high are the ends of 95 % intervals (bootstrap of {m['n_groups']:,} groups of bins). Were the model "
                      f"perfectly calibrated, the calibration error would still be about {m['ece_if_calibrated']['value']:.3f}."]),
-        ("Each count", [_pair(lambda ax: show_confusion(m, ax), lambda ax: show_recall(m, ax)), class_table(m)]),
-        ("Confidence", [_pair(lambda ax: show_calibration(*arrays, ax), lambda ax: show_coverage(*arrays, ax))]),
-        ("Most confident mistakes", [show_mistakes(good)])]
+        ("Each count", [_pair(lambda ax: plot_confusion(m, ax), lambda ax: plot_recall(m, ax)), class_table(m)]),
+        ("Confidence", [_pair(lambda ax: plot_calibration(*arrays, ax), lambda ax: plot_coverage(*arrays, ax))]),
+        ("Most confident mistakes", [plot_mistakes(good)])]
     if cams: sections.append(("What spoke for the answer (Grad-CAM)", _cams(model, good, cams)))
     if history.exists():
         from binvision.learner import plot_history

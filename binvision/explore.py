@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageOps
 
-from .core import UsageError, atomic_write, html_page, rng
+from .core import UsageError, atomic_write, figure, html_page, rng
 from .metadata import Catalogue, _gray, catalogue as read_data, read_catalogue
 
 # %% ../nbs/04_explore.ipynb #1fba95f8
@@ -27,7 +27,7 @@ _MAIN, _ACCENT, _GRAY = "#2a6f97", "#e07a3f", "#8a8f94"
 
 def _axes(ax, title, x="", y="", size=(6, 3)):
     "The given axes, or those of a new figure, without clutter."
-    ax = Figure(figsize=size, dpi=72, layout="constrained").subplots() if ax is None else ax
+    ax = figure(figsize=size, dpi=72).subplots() if ax is None else ax
     ax.set(xlabel=x, ylabel=y)
     ax.set_title(title, loc="left", fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
@@ -195,8 +195,8 @@ def plot_samples(
     bins = cat.bins[cat.bins["image"].notna()]
     rows = {count: bins[bins["count"].eq(count).fillna(False).astype(bool)] for count in counts}
     rows = {count: some.iloc[np.sort(rng(seed, "samples", count).permutation(len(some))[:n])] for count, some in rows.items() if len(some)}
-    figure = Figure(figsize=(2.3 * n, 2.9 * max(1, len(rows))), dpi=72, layout="constrained")
-    axes = figure.subplots(max(1, len(rows)), n, squeeze=False)
+    fig = figure(figsize=(2.3 * n, 2.9 * max(1, len(rows))), dpi=72)
+    axes = fig.subplots(max(1, len(rows)), n, squeeze=False)
     for ax in axes.flat: ax.axis("off")
     if not rows: _nothing(axes[0, 0], "no bins of these counts with an image")
     held = _contents(cat.items, {id for some in rows.values() for id in some["id"]})
@@ -206,7 +206,7 @@ def plot_samples(
             _show(ax, Path(data)/row.image, "N")
             ax.set_title(f"count {count}  ·  {row.id}", fontsize=9, loc="left", color=_MAIN, parse_math=False)
             ax.set_xlabel(held.get(row.id, "" if row.count == 0 else "contents unknown"), fontsize=7, loc="left", parse_math=False)
-    return figure
+    return fig
 
 # %% ../nbs/04_explore.ipynb #05c67084
 def _next_id(id):
@@ -246,16 +246,16 @@ def plot_pairs(
     readable = bins.index[bins["image"].notna()]
     pairs = pairs[pairs["id"].isin(readable) & pairs["other"].isin(readable)].head(n)
     rows = max(1, -(-len(pairs) // 2))
-    figure = Figure(figsize=(9.2, 2.8 * rows), dpi=72, layout="constrained")
-    if pairs.empty: return _nothing(_axes(figure.subplots(), ""), "no such pairs")
-    frames = figure.subfigures(rows, 2, squeeze=False).flat
+    fig = figure(figsize=(9.2, 2.8 * rows), dpi=72)
+    if pairs.empty: return _nothing(_axes(fig.subplots(), ""), "no such pairs")
+    frames = fig.subfigures(rows, 2, squeeze=False).flat
     for frame, (_, pair) in zip(frames, pairs.iterrows()):
         for ax, id in zip(frame.subplots(1, 2), (pair["id"], pair["other"])):
             _show(ax, Path(data)/bins.loc[id, "image"], "S")
             count = bins.loc[id, "count"]
             ax.set_title(f"{id}  ·  count {'unknown' if pd.isna(count) else count}", fontsize=9, loc="left", color=_MAIN, parse_math=False)
         frame.supxlabel(textwrap.fill(str(pair[note]), 62), fontsize=8, parse_math=False)
-    return figure
+    return fig
 
 # %% ../nbs/04_explore.ipynb #a24e1d44
 _ONES = np.array([i.bit_count() for i in range(1 << 16)], dtype=np.uint8)
@@ -330,9 +330,9 @@ def _rows(table, name, none, most=50):
 
 def _side_by_side(*draw):
     "A figure with a picture of each function in a row."
-    figure = Figure(figsize=(10, 3.8), dpi=72, layout="constrained")
-    for function, ax in zip(draw, figure.subplots(1, len(draw))): function(ax)
-    return figure
+    fig = figure(figsize=(10, 3.8), dpi=72)
+    for function, ax in zip(draw, fig.subplots(1, len(draw))): function(ax)
+    return fig
 
 
 def _sections(data, cat, tables, seed):

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from .core import BinvisionError, DataError, ImageError, ModelError, atomic_folder, sha256
 
 # %% ../nbs/06_inference.ipynb #6e625d01
-MAX_PIXELS = 80_000_000 # a larger picture is refused before it is decoded: it would take over 240 MB
+MAX_PIXELS = 50_000_000 # a larger picture is refused before it is decoded: it would take over 150 MB
 
 
 def _name(source):
