@@ -387,22 +387,43 @@ def _hardware(device):
     return f"{torch.device(device).type}, {torch.get_num_threads()} threads, fp32"
 
 
-def _defaults(arch, weights, mean, std):
-    "The mean and standard deviation to normalise with: as given, or as the pretrained weights were trained."
+def _defaults(arch, mean, std):
+    "The mean and standard deviation to normalise with: as given, or what the architecture's ImageNet weights expect."
     timm_only = timm.is_model(arch) and not hasattr(torchvision.models, arch)
     known = timm.get_pretrained_cfg(arch) if timm_only else None
     spread = lambda x, usual: [float(v) for v in (usual if x is None else [x] * 3 if np.isscalar(x) else x)]
     return spread(mean, known.mean if known else IMAGENET[0]), spread(std, known.std if known else IMAGENET[1])
 
 
-def _finish(learn, out, config, manifest_sha256):
+def _search_lr(learn, out):
+    "The suggested learning rate; its picture goes into the run folder."
+    lr, fig = suggest_lr(learn)
+    with atomic_write(out/"lr_find.png") as file: fig.savefig(file, dpi=110)
+    print(f"lr_find suggests {lr:.2g}", flush=True)
+    return lr
+
+
+def _finish(learn, out, config):
     "Calibrate, write the model folder and the curves of a run."
     temperature, metrics = calibrate(learn)
-    write_model(learn, out/"model", temperature=temperature, manifest_sha256=manifest_sha256, training=config,
+    write_model(learn, out/"model", temperature=temperature, manifest_sha256=config["manifest_sha256"], training=config,
                 metrics={"valid": metrics})
     if (out/"history.csv").exists():
         with atomic_write(out/"curves.png") as file: plot_history(out/"history.csv").savefig(file, dpi=110)
     print(f"validation: accuracy={metrics['accuracy']:.4f} mae={metrics['mae']:.3f} n={metrics['n']} temperature={temperature:.2f}\nmodel: {out/'model'}", flush=True)
+
+
+def _fit(learn, out, config):
+    "Fine-tune and write the model; after Ctrl-C write the best epoch so far."
+    with atomic_write(out/"config.json", "w") as file: json.dump(config | {"versions": versions()}, file, indent=2)
+    try: rows = fine_tune(learn, config["lr"], config["epochs"], config["frozen_epochs"], config["patience"], out/"history.csv")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: writing the best epoch so far to {out/'model'} (press Ctrl-C again to stop at once)", flush=True)
+        _finish(learn, out, config | {"interrupted": True})
+        raise KeyboardInterrupt(f"the best epoch so far is in {out/'model'}") from None
+    if rows and not np.isfinite(rows[-1]["train_loss"]):
+        raise UsageError(f"{out}: the training loss is not finite", f"pass a learning rate well below {config['lr']:.2g}")
+    _finish(learn, out, config)
 
 
 def train(
@@ -428,24 +449,13 @@ def train(
 )->Path: # the run folder
     "Train a model for counting, and write a run folder with the model in `out/model`."
     config = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in locals().items() if k not in ("overwrite", "out")}
-    config["mean"], config["std"] = mean, std = _defaults(arch, weights, mean, std)
+    config["mean"], config["std"] = _defaults(arch, mean, std)
     set_seed(seed)
-    dls = bin_dataloaders(data, manifest, size, batch_size, resize, mean, std, augment, workers, device)
+    dls = bin_dataloaders(data, manifest, size, batch_size, resize, config["mean"], config["std"], augment, workers, device)
     learn = bin_learner(dls, arch, weights, path=out)
-    out, manifest_sha256 = _start_run(out, overwrite), sha256(manifest)
-    config["hardware"] = _hardware(dls.device)
+    out = _start_run(out, overwrite)
+    config |= {"hardware": _hardware(dls.device), "manifest_sha256": sha256(manifest)}
     print(f"{arch} on {config['hardware']}; {len(dls.train_ds):,} bins to train, {len(dls.valid_ds):,} to validate", flush=True)
-    if lr is None:
-        config["lr"], fig = suggest_lr(learn)
-        with atomic_write(out/"lr_find.png") as file: fig.savefig(file, dpi=110)
-        print(f"lr_find suggests {config['lr']:.2g}", flush=True)
-    with atomic_write(out/"config.json", "w") as file: json.dump(config | {"manifest_sha256": manifest_sha256, "versions": versions()}, file, indent=2)
-    try: rows = fine_tune(learn, config["lr"], epochs, frozen_epochs, patience, out/"history.csv")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: writing the best epoch so far to {out/'model'} (press Ctrl-C again to stop at once)", flush=True)
-        _finish(learn, out, config | {"interrupted": True}, manifest_sha256)
-        raise
-    if rows and not np.isfinite(rows[-1]["train_loss"]):
-        raise UsageError(f"{out}: the training loss is not finite", f"pass a learning rate well below {config['lr']:.2g}")
-    _finish(learn, out, config, manifest_sha256)
+    if lr is None: config["lr"] = _search_lr(learn, out)
+    _fit(learn, out, config)
     return out
