@@ -331,7 +331,8 @@ def plot_coverage(
         above = steady[steady.confidence >= sure]
         if len(above):
             ax.plot(above.coverage.iloc[-1], above.accuracy.iloc[-1], "o", color=ACCENT)
-            ax.annotate(f"≥ {sure:.0%}", (above.coverage.iloc[-1], above.accuracy.iloc[-1]), (4, 5), textcoords="offset points")
+            ax.annotate(f"≥ {sure:.0%}", (above.coverage.iloc[-1], above.accuracy.iloc[-1]), (0, 14),
+                        textcoords="offset points", ha="center", bbox={"color": "white", "alpha": .7, "pad": 1})
     ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="share of images answered", ylabel="share of those answered right",
            title="Answering only when sure")
     return ax
