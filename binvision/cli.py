@@ -261,7 +261,7 @@ def predict(
     _name_failures(failed, 2 if len(failed) == len(paths) else 1)
 
 # %% ../nbs/13_cli.ipynb #306ecf7d
-_DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=16, frozen_epochs=0, patience=16, augment=0.5)
+_DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
 _LEFT = """What binvision demo left here
 =============================
 

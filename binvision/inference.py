@@ -310,7 +310,8 @@ class Predictions(list):
                               **{f"p{c}": v for c, v in (p.probabilities or {}).items()}, "error": p.error} for p in self])
 
     def _repr_html_(self):
-        shown = self.to_frame().head(20).assign(source=lambda t: t.source.map(lambda s: Path(s).name))
+        shown = Predictions(Prediction(Path(p.source).name, p.count, p.probabilities, p.error and p.error.removeprefix(f"{p.source}: "))
+                            for p in self[:20]).to_frame()
         if not self.failed: shown = shown.drop(columns="error")
         more = f"<p>… and {len(self) - 20:,} more</p>" if len(self) > 20 else ""
         return shown.to_html(index=False, float_format="{:.2f}".format, na_rep="") + more
