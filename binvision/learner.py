@@ -234,7 +234,7 @@ class RunLog(Callback):
                **dict(zip(names, self.recorder.values[-1])), "seconds": round(time.perf_counter() - self.start, 1)}
         self.rows.append(row)
         with atomic_write(self.history, "w") as file:
-            writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerows(self.rows)
+            writer = csv.DictWriter(file, list(row), lineterminator="\n"); writer.writeheader(); writer.writerows(self.rows)
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "seconds"), flush=True)
 
     def after_fit(self): self.bar.close()
