@@ -63,7 +63,7 @@ def test_pretrained_weights_fit_and_agree_with_torch(tmp_path, folder):
 
 def test_the_same_seed_gives_the_same_model(data, manifest, tmp_path):
     "Two runs on the processor, with a learning-rate search in one of them, end with the same weights."
-    options = dict(arch="resnet18", weights=None, size=48, batch_size=8, epochs=1, seed=3, workers=0, device="cpu")
+    options = dict(arch="resnet10t", weights=None, size=48, batch_size=8, epochs=1, seed=3, workers=0, device="cpu")
     first = train(data, manifest, tmp_path / "first", **options)
     lr = json.loads((first / "config.json").read_text())["lr"]
     again = train(data, manifest, tmp_path / "again", lr=lr, **options)
