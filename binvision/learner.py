@@ -368,14 +368,19 @@ def load_torch(
     return model.eval()
 
 # %% ../nbs/08_learner.ipynb #266b1a2f
+_RUN = {"config.json", "lr_find.png", "history.csv", "curves.png", "checkpoints", "model"} # what a run folder holds
+
+
 def _start_run(out, overwrite):
-    "An empty run folder; one that holds a finished run is only replaced when asked for."
+    "An empty run folder. Only a run's own files are ever removed, those of a finished run when asked for."
     out = Path(out)
+    found = {p.name: p for p in out.iterdir() if not p.name.endswith((".part", ".old"))} if out.is_dir() else {}
+    if found and ("config.json" not in found or set(found) - _RUN):
+        other = sorted(set(found) - _RUN) or sorted(found)
+        raise UsageError(f"{out}: is not empty and holds no run, but {', '.join(other[:3])}", "choose another out")
     if (out/"model").exists() and not overwrite:
         raise UsageError(f"{out}: holds a finished run", "choose another out, or pass overwrite=True (--overwrite)")
-    if out.exists() and any(out.iterdir()):
-        if not (out/"config.json").exists(): raise UsageError(f"{out}: is not empty and holds no run", "choose another out")
-        shutil.rmtree(out)
+    for path in found.values(): shutil.rmtree(path) if path.is_dir() else path.unlink()
     with atomic_write(out/"config.json") as file: file.write(b"{}")
     return out
 

@@ -69,3 +69,22 @@ def test_the_same_seed_gives_the_same_model(data, manifest, tmp_path):
     again = train(data, manifest, tmp_path / "again", lr=lr, **options)
     one, two = (load_torch(run / "model").state_dict() for run in (first, again))
     for name in one: np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_never_removes_what_is_not_its_own(data, manifest, tmp_path, overwrite):
+    "A project folder that happens to hold a config.json stays as it is, whatever is asked for."
+    from binvision.core import UsageError
+
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "thesis.txt"): (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match="thesis.txt"):
+        train(data, manifest, tmp_path, arch="resnet10t", weights=None, size=48, workers=0, overwrite=overwrite)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model", "thesis.txt"]
+
+
+def test_overwrite_replaces_a_finished_run(data, manifest, tmp_path):
+    options = dict(arch="resnet10t", weights=None, size=48, batch_size=8, epochs=1, lr=1e-3, workers=0)
+    first = (train(data, manifest, tmp_path / "run", **options) / "model/card.json").read_text()
+    second = (train(data, manifest, tmp_path / "run", seed=1, overwrite=True, **options) / "model/card.json").read_text()
+    assert json.loads(first)["training"]["seed"] == 0 and json.loads(second)["training"]["seed"] == 1
