@@ -13,9 +13,9 @@ import hashlib
 import io
 import os
 import random
+import secrets
 import shutil
 import sys
-import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
 
@@ -89,29 +89,29 @@ def _disk(path):
 def atomic_write(
     path:str|os.PathLike, # the file to write; its folder is made if missing
     mode:str="wb", # `"wb"` for bytes, `"w"` for UTF-8 text
+    sync:bool=True, # wait until the disk has it, so that it survives a power cut; costs milliseconds
 ):
     "Open a file beside `path` for writing, and rename it to `path` if the block ends without an error."
     path = Path(path)
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        fd, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        beside = _beside(path)
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with _disk(path), os.fdopen(fd, mode, **text) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-            os.chmod(beside, 0o666 & ~_umask())
+            if sync: os.fsync(file.fileno())
         with _disk(path): os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError): os.unlink(beside)
         raise
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path, suffix=".part"):
+    "A free name in the folder of `path`."
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
 
 # %% ../nbs/00_core.ipynb #76004d41
 @contextlib.contextmanager
@@ -122,14 +122,14 @@ def atomic_folder(
     path = Path(path)
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        beside.chmod(0o777 & ~_umask())
+        beside = _beside(path)
+        beside.mkdir()
     try:
         with _disk(path):
             yield beside
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-                os.rename(path, old/path.name)
+                old = _beside(path, ".old")
+                os.rename(path, old)
                 os.rename(beside, path)
                 shutil.rmtree(old, ignore_errors=True)
             else: os.rename(beside, path)
@@ -192,7 +192,7 @@ def _part(part, dpi):
 
 def html_page(
     title:str, # heading of the page
-    sections:list, # pairs of a heading and a list of parts: text, DataFrames (or Stylers), matplotlib figures
+    sections:list, # pairs of a heading and a list of parts: text, DataFrames, matplotlib figures
     lead:str="", # a sentence under the heading
     dpi:int=90, # resolution of the figures
 )->str:

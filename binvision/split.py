@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'WINDOW', 'BITS', 'group_bins', 'split', 'random_split', 'wr
            'leak_report']
 
 # %% ../nbs/05_split.ipynb #1e870372
-import json
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from .core import DataError, UsageError, atomic_write, bin_id, rng, sha256
+from .fetch import read_list
 from .metadata import catalogue, read_catalogue
 
 # %% ../nbs/05_split.ipynb #cdb7d792
@@ -390,16 +390,6 @@ def _class_folders(folder):
             yield bin_id(name), count, _FOLDERS[part[0]] if part else "train"
 
 
-def _listed(path):
-    "Rows (id, count, part) of Udacity's `{count: [paths]}`, or of the challenge's `[[index, count], …]`."
-    try:
-        listed = json.loads(path.read_bytes())
-        if isinstance(listed, list): return [(f"{index + 1:05d}", str(count), "train") for index, count in listed]
-        return [(bin_id(key), str(count), "train") for count, keys in listed.items() for key in keys]
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise DataError(f"{path}: not a list of bins ({e})", 'it has to be {"1": ["metadata/523.json", …], …}') from e
-
-
 def given_split(
     source, # a folder of class folders, a .json list, a CSV manifest, or a dict of part → one of these
 )->pd.DataFrame: # a manifest in which each bin keeps its part; where no groups are given a bin is a group of its own
@@ -409,7 +399,7 @@ def given_split(
         return _manifest(pd.concat(tables), ", ".join(map(str, source.values())), given=True)
     path = Path(source)
     if path.suffix != ".json" and not path.is_dir(): return _read(path, given=True)
-    rows = list(_class_folders(path)) if path.is_dir() else _listed(path)
+    rows = list(_class_folders(path)) if path.is_dir() else [(id, str(count), "train") for id, count in read_list(path).itertuples(index=False)]
     if not rows: raise DataError(f"{path}: no images in class folders", "pass a folder that holds train/1/ … test/5/, or 1/ … 5/")
     table = pd.DataFrame(rows, columns=["id", "count", "part"])
     return _manifest(table.assign(group=table["id"]), path, given=True)

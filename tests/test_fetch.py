@@ -1,0 +1,419 @@
+"""Fetching from a real S3 server on loopback, over a line that breaks: everything arrives whole, nothing half-written is kept."""
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from binvision import fetch as f
+from binvision.cli import app
+from binvision.core import DataError, UsageError
+from binvision.fetch import Bucket
+from faulty import FAULTS, Proxy, Store
+
+PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["binvision.fetch"])
+ABID = Path(os.environ.get("BINVISION_ABID") or Path(__file__).resolve().parent.parent.parent / "shared" / "abid")
+abid = pytest.mark.skipif(not (ABID / "labels.csv").is_file(), reason="the real bins are not here (see BINVISION_ABID)")
+
+
+@pytest.fixture(scope="module")
+def store(data):
+    "An S3 server that holds the bins of `data`, and some objects that are broken in the bucket itself."
+    store = Store()
+    store.fill(data)
+    store.put("bin-images/broken.jpg", b"<html>not a picture</html>")
+    store.put("metadata/broken.json", b'{"EXPECTED_QUANTITY": 1, "BIN_F')
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def line(store):
+    "A proxy in front of the server, faultless until told otherwise."
+    proxy = Proxy(store.url)
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Pauses between attempts a tenth as long, so that tests with many faults end soon."
+    import tenacity
+
+    waits = tenacity.wait_random_exponential
+    monkeypatch.setattr(f.tenacity, "wait_random_exponential", lambda multiplier, max: waits(multiplier=multiplier / 10, max=max / 10))
+
+
+def ids_of(data): return sorted(p.stem for p in (data / "bin-images").iterdir())
+
+
+def tree(folder):
+    "All files of a folder but the lock: path → MD5."
+    return {p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".fetch.lock"}
+
+
+def bins(folder): return {k: v for k, v in tree(folder).items() if k.startswith(("bin-images/", "metadata/"))}
+
+
+def run(*args, status=0):
+    result = CliRunner().invoke(app, ["fetch", *(str(a) for a in args)])
+    if result.exception and not isinstance(result.exception, SystemExit): raise result.exception
+    assert result.exit_code == status, f"{args}: {result.exit_code}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def refused(*args, says):
+    "One short message, no traceback, status 2."
+    result = run(*args, status=2)
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 2 and says in result.stderr, result.stderr
+
+
+# What arrives
+
+def test_everything_arrives_byte_for_byte_over_a_bad_line(data, line, tmp_path, quick):
+    line.faults, line.rate, line.latency = FAULTS, 0.4, 0.005
+    got = f.fetch(tmp_path / "bins", ids_of(data), Bucket(endpoint=line.url, timeout=1, attempts=8), concurrency=24)
+    assert (got.fetched, len(got.failures)) == (120, 0)
+    assert bins(tmp_path / "bins") == bins(data)
+    assert set(line.counts()) == set(FAULTS), "the line was not bad enough to show anything"
+    assert not (tmp_path / "bins" / "failures.csv").exists()
+
+
+@abid
+def test_real_bins_arrive_byte_for_byte(store, tmp_path, quick):
+    ids = sorted(p.stem for p in (ABID / "metadata").iterdir())[::300][:25]
+    for id in ids:
+        for key in (f"bin-images/{id}.jpg", f"metadata/{id}.json"): store.put(f"real/{key}", (ABID / key).read_bytes())
+    line = Proxy(store.url + "/aft-vbi-pds", FAULTS, rate=0.3)  # its folder `real` passes for a bucket
+    got = f.fetch(tmp_path, ids, Bucket("real", endpoint=line.url, timeout=1))
+    line.stop()
+    assert got.fetched == 2 * len(ids)
+    assert all((tmp_path / key).read_bytes() == (ABID / key).read_bytes() for key in bins(tmp_path))
+
+
+def test_checksums_are_those_of_md5sum(data, line, tmp_path):
+    f.fetch(tmp_path, ids_of(data)[:10], Bucket(endpoint=line.url))
+    done = subprocess.run(["md5sum", "--check", "--strict", "--quiet", "checksums.md5"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "checksums.md5").read_text().splitlines()) == 20
+
+
+def test_requests_are_unsigned_and_bounded(data, line, tmp_path):
+    line.latency = 0.02
+    f.fetch(tmp_path, ids_of(data), Bucket(endpoint=line.url), concurrency=7)
+    assert not any("authorization" in h for h in line.headers)
+    assert 2 <= line.most_busy <= 7
+
+
+def test_requests_are_signed_when_a_profile_is_named(data, line, tmp_path, monkeypatch):
+    (tmp_path / "credentials").write_text("[work]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = secret\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    f.fetch(tmp_path / "bins", ids_of(data)[:3], Bucket(endpoint=line.url, profile="work"))
+    assert all("Credential=AKIAEXAMPLE/" in h["authorization"] for h in line.headers) and len(line.headers) == 6
+    with pytest.raises(UsageError, match="profile play"): Bucket(profile="play").open()
+
+
+# A second run
+
+def test_a_second_run_asks_for_nothing(data, line, tmp_path):
+    f.fetch(tmp_path, ids_of(data), Bucket(endpoint=line.url))
+    asked = len(line.log)
+    again = f.fetch(tmp_path, ids_of(data), Bucket(endpoint="http://127.0.0.1:9"))
+    assert (again.there, again.fetched, len(line.log)) == (120, 0, asked)
+
+
+def test_a_second_run_fetches_only_what_is_missing_or_broken(data, line, tmp_path):
+    ids = ids_of(data)
+    f.fetch(tmp_path, ids, Bucket(endpoint=line.url))
+    whole, asked = tree(tmp_path), len(line.log)
+    picture = tmp_path / "bin-images" / f"{ids[0]}.jpg"
+    raw = bytearray(picture.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF  # still decodes, perhaps
+    picture.write_bytes(raw)
+    (tmp_path / "bin-images" / f"{ids[1]}.jpg").write_bytes(b"")
+    (tmp_path / "metadata" / f"{ids[2]}.json").write_text("{")
+    (tmp_path / "metadata" / f"{ids[3]}.json").unlink()
+    (tmp_path / "bin-images" / f".{ids[4]}.jpg.0a1b2c3d.part").write_bytes(b"left by a kill")
+    again = f.fetch(tmp_path, ids, Bucket(endpoint=line.url))
+    assert again.fetched == 4 and len(line.log) == asked + 4 and tree(tmp_path) == whole
+
+
+def test_files_from_elsewhere_are_decoded_before_they_are_trusted(data, line, tmp_path):
+    ids = ids_of(data)[:4]
+    (tmp_path / "bin-images").mkdir(parents=True)
+    source = data / "bin-images"
+    (tmp_path / "bin-images" / f"{ids[0]}.jpg").write_bytes((source / f"{ids[0]}.jpg").read_bytes())
+    (tmp_path / "bin-images" / f"{ids[1]}.jpg").write_bytes((source / f"{ids[1]}.jpg").read_bytes()[:-500])
+    got = f.fetch(tmp_path, ids, Bucket(endpoint=line.url), metadata=False)
+    assert (got.there, got.fetched) == (1, 3)
+    assert all((tmp_path / "bin-images" / f"{id}.jpg").read_bytes() == (source / f"{id}.jpg").read_bytes() for id in ids)
+
+
+def _fetch_in_child(folder, ids, url): f.fetch(folder, ids, Bucket(endpoint=url, timeout=1), concurrency=6)
+
+
+def test_sigkill_at_any_moment_and_go_on(data, line, tmp_path):
+    "Killed 20 times: what is there is whole at any time, and in the end all is as after an undisturbed run."
+    ids, kills, moments = ids_of(data), 0, random.Random(0)
+    line.latency, whole = 0.04, bins(data)
+    while kills < 20:
+        child = SPAWN.Process(target=_fetch_in_child, args=(tmp_path / "killed", ids, line.url))
+        child.start()
+        child.join(moments.uniform(0.02, 0.25) + (0.1 if kills == 0 else 0))
+        if child.exitcode == 0:  # done already: start over, so that every kill hits a run at work
+            for file in moments.sample(sorted((tmp_path / "killed").glob("*/*.*")), 60): file.unlink()
+            continue
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+        there = bins(tmp_path / "killed") if (tmp_path / "killed").exists() else {}
+        assert all(whole[k] == v for k, v in there.items() if not k.endswith(".part")), "a half-written file has its final name"
+    line.latency = 0
+    f.fetch(tmp_path / "killed", ids, Bucket(endpoint=line.url))
+    f.fetch(tmp_path / "undisturbed", ids, Bucket(endpoint=line.url))
+    assert tree(tmp_path / "killed") == tree(tmp_path / "undisturbed") and bins(tmp_path / "killed") == whole
+
+
+def test_ctrl_c_keeps_what_has_arrived(data, line, tmp_path):
+    line.latency = 0.3
+    (tmp_path / "ids.txt").write_text("\n".join(ids_of(data)))
+    command = [*PROGRAM, "fetch", tmp_path / "bins", "--ids", tmp_path / "ids.txt", "--endpoint", line.url, "--concurrency", "4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(line.log) < 20: time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on" in stderr.replace("goes on", "go on") and "Traceback" not in stderr, stderr
+    kept = bins(tmp_path / "bins")
+    assert 4 <= len(kept) < 120 and kept.items() <= bins(data).items()
+    assert (tmp_path / "bins" / "checksums.md5").read_text().count("\n") == len(kept)
+
+
+def test_one_fetch_at_a_time_works_on_a_folder(data, line, tmp_path):
+    folder = f._Folder(tmp_path, None)
+    try:
+        with pytest.raises(UsageError, match="another fetch"): f.fetch(tmp_path, ids_of(data), Bucket(endpoint=line.url))
+    finally: folder.close()
+    assert f.fetch(tmp_path, ids_of(data)[:1], Bucket(endpoint=line.url)).fetched == 2
+
+
+# What cannot be had
+
+def test_what_could_not_be_had_is_listed_and_the_rest_arrives(data, line, tmp_path, quick):
+    ids = ids_of(data)[:6]
+    line.always = {f"images/{ids[0]}.jpg": "slowdown", f"images/{ids[1]}.jpg": "corrupt", f"metadata/{ids[2]}.json": "reset", f"images/{ids[3]}.jpg": "truncate"}
+    (tmp_path / "ids.txt").write_text("\n".join([*ids, "nowhere", "broken"]))
+    common = [tmp_path / "bins", "--ids", tmp_path / "ids.txt", "--endpoint", line.url, "--timeout", 1, "--attempts", 3]
+    result = run(*common, status=1)
+    failures = pd.read_csv(tmp_path / "bins" / "failures.csv", dtype=str).set_index("key")
+    kinds = failures["reason"].str.partition(":")[0]
+    assert dict(kinds) == {f"bin-images/{ids[0]}.jpg": "unreachable", f"bin-images/{ids[1]}.jpg": "broken", f"metadata/{ids[2]}.json": "unreachable",
+                           f"bin-images/{ids[3]}.jpg": "unreachable", "bin-images/nowhere.jpg": "missing", "metadata/nowhere.json": "missing",
+                           "bin-images/broken.jpg": "broken", "metadata/broken.json": "broken"}
+    # 404 is final, and so are bytes that are broken in the bucket; the others were asked for three times
+    assert set(failures.index[failures["attempts"] == "1"]) == {k for k in failures.index if "nowhere" in k or "broken" in k}
+    assert set(failures["attempts"]) == {"1", "3"}
+    assert line.log.count("GET /aft-vbi-pds/bin-images/nowhere.jpg") == 1 and line.log.count(f"GET /aft-vbi-pds/bin-images/{ids[0]}.jpg") == 3
+    assert "SlowDown" in failures.loc[f"bin-images/{ids[0]}.jpg", "reason"] and "MD5" in failures.loc[f"bin-images/{ids[1]}.jpg", "reason"]
+    assert "8 fetched, 0 already there, 2 missing in the bucket, 3 broken, 3 unreachable" in result.stdout
+    assert all(key in result.stderr for key in failures.index)
+    line.always, asked = {}, len(line.log)
+    result = run(*common, status=1)
+    assert "4 fetched, 8 already there, 2 missing in the bucket, 2 broken;" in result.stdout and len(line.log) == asked + 8
+
+
+def test_a_stalled_connection_is_given_up(data, line, tmp_path, quick):
+    line.faults, line.rate, line.tries = ("stall",), 1.0, 1
+    start = time.perf_counter()
+    assert f.fetch(tmp_path, ids_of(data)[:5], Bucket(endpoint=line.url, timeout=0.5)).fetched == 10
+    assert line.counts()["stall"] == 10 and time.perf_counter() - start < 30
+
+
+def test_nobody_there_and_no_such_bucket_are_one_line(data, line, tmp_path):
+    (tmp_path / "ids.txt").write_text("\n".join(ids_of(data)))
+    some = [tmp_path / "bins", "--ids", tmp_path / "ids.txt", "--attempts", 2]
+    refused(*some, "--endpoint", "http://127.0.0.1:9", says="run the same command again")
+    refused(*some, "--endpoint", line.url, "--bucket", "elsewhere", says="there is no such bucket")
+    refused(*some, "--endpoint", "127.0.0.1:9", says="has to begin with http")
+    refused(tmp_path / "bins", "--sample", 0.5, "--attempts", 2, "--endpoint", "http://127.0.0.1:9", says="cannot be listed")
+    refused(tmp_path / "bins", "--sample", 0.5, "--endpoint", line.url, "--bucket", "elsewhere", says="there is no such bucket")
+
+
+def test_a_line_that_breaks_for_good_ends_the_run_and_keeps_what_came(data, line, tmp_path, quick):
+    f.fetch(tmp_path, ids_of(data)[:10], Bucket(endpoint=line.url))
+    line.faults, line.rate, line.tries = ("reset",), 1.0, None
+    with pytest.raises(DataError, match="what has arrived is kept"):
+        f.fetch(tmp_path, ids_of(data), Bucket(endpoint=line.url, attempts=2), concurrency=4)
+    assert len(bins(tmp_path)) == 20 and len(line.log) < 20 + 2 * 100
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(data, line, tmp_path):
+    (tmp_path / "ids.txt").write_text(ids_of(data)[0])
+    (tmp_path / "file").write_text("")
+    some = ["--ids", tmp_path / "ids.txt", "--endpoint", line.url]
+    refused("/proc/nowhere", *some, says="cannot be written")
+    refused(tmp_path / "file" / "bins", *some, says="cannot be written")
+
+
+def _limit_files(): resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+
+def test_a_disk_that_takes_no_more_ends_the_run(data, line, tmp_path):
+    "A limit on the size of files stands in for a full disk: writing fails in the middle of a picture."
+    (tmp_path / "ids.txt").write_text("\n".join(ids_of(data)))
+    command = [*PROGRAM, "fetch", tmp_path / "bins", "--ids", tmp_path / "ids.txt", "--endpoint", line.url, "--images-only"]
+    done = subprocess.run(command, preexec_fn=_limit_files, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and len(done.stderr.splitlines()) == 2, done.stderr
+    assert bins(tmp_path / "bins").items() <= bins(data).items()
+    assert f.fetch(tmp_path / "bins", ids_of(data), Bucket(endpoint=line.url)).failures.empty
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 200 kB."
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)
+
+
+def test_a_full_disk_and_a_read_only_one_end_the_run(data, line, tmp_path, small_disk):
+    (tmp_path / "ids.txt").write_text("\n".join(ids_of(data)))
+    some = [small_disk / "bins", "--ids", tmp_path / "ids.txt", "--endpoint", line.url]
+    refused(*some, says="No space left on device")
+    assert bins(small_disk / "bins").items() <= bins(data).items()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused(*some, says="cannot be written")
+
+
+# Which bins
+
+def test_ids_that_could_lead_out_of_the_folder_are_refused(line, tmp_path):
+    for bad in ("../x", "a/b", "..", "", ".x", "a b", "x\x00"):
+        with pytest.raises(UsageError, match="cannot be the name of a bin"): f.fetch(tmp_path / "bins", [bad], Bucket(endpoint=line.url))
+    with pytest.raises(UsageError, match="none were given"): f.fetch(tmp_path / "bins", [], Bucket(endpoint=line.url))
+    assert not (tmp_path / "bins").exists() and not line.log
+
+
+def test_ids_are_spelled_as_in_the_bucket(data, line, tmp_path):
+    unpadded = [id for id in ids_of(data) if len(id) < 5]
+    assert unpadded, "the data have no unpadded id"
+    for id in unpadded:
+        f.fetch(tmp_path / id, [id], Bucket(endpoint=line.url))
+        assert bins(tmp_path / id) == {key: md5 for key, md5 in bins(data).items() if Path(key).stem == id}
+        assert {entry.split("/")[-1] for entry in line.log[-2:]} == {f"{id}.jpg", f"{id}.json"}
+
+
+@abid
+def test_the_published_lists_are_read(tmp_path):
+    course = f.read_list(ABID / "lists" / "udacity_file_list.json")
+    assert len(course) == 10_441 and list(course["count"].value_counts().sort_index()) == [1228, 2299, 2666, 2373, 1875]
+    assert {"1000", "01000"} <= set(course["id"]) or (course["id"].str.len() < 5).any()
+    challenge = f.read_list(*(ABID / "lists" / f"abid_challenge_counting_{part}.json" for part in ("train", "val")))
+    assert len(challenge) == 360_767
+    labels = f.read_list(ABID / "labels.csv").set_index("id")["count"]
+    both = challenge.set_index("id")["count"].reindex(labels.index).dropna()
+    assert len(both) > 5000 and (both == labels[both.index]).mean() > 0.999, "an index that is off by one would agree by chance"
+
+
+@abid
+def test_a_confounded_data_set_is_warned_of_and_evened_out(store, tmp_path):
+    lists = [ABID / "lists" / f"abid_challenge_counting_{part}.json" for part in ("train", "val")]
+    common = ["--index", lists[0], "--index", lists[1], "--endpoint", store.url, "--dry-run", "--counts", "1-5"]
+    result = run(tmp_path / "bins", "--balance", ABID / "labels.csv", *common, "--per-count", 3000)
+    assert "warning: before" in result.stderr and "3000 of count 1, 3000 of count 2" in result.stdout
+    course = ABID / "lists" / "udacity_file_list.json"
+    filled = run(tmp_path / "bins", "--balance", course, *common, "--per-count", 2666)
+    assert "warning: after" in filled.stderr and "warning: before" not in filled.stderr
+    even = run(tmp_path / "bins", "--balance", course, *common)
+    assert "warning" not in even.stderr and not (tmp_path / "bins").exists()
+    before, index = f.read_list(course), f.read_list(*lists)
+    new = f.balance(before, index)
+    assert not set(new["id"]) & set(before["id"]) and new["count"].nunique() == 5
+    assert pd.concat([before, new])["count"].value_counts().nunique() == 1
+    assert f.confounding(f.balanced_ids(index, 2000)) < 0.03
+
+
+def test_choices_are_the_same_tomorrow_and_spread_over_all():
+    index = pd.DataFrame({"id": [f"{k:05d}" for k in range(20_000)], "count": np.arange(20_000) % 5 + 1})
+    a, b = f.balanced_ids(index, 500), f.balanced_ids(index.sample(frac=1, random_state=1), 500)
+    assert set(a["id"]) == set(b["id"]) and set(a["count"].value_counts()) == {500}
+    assert set(f.balanced_ids(index, 200)["id"]) < set(a["id"]) != set(f.balanced_ids(index, 500, seed=1)["id"])
+    assert f.confounding(a) < 0.06 < 0.9 < f.confounding(index.assign(count=np.arange(20_000) // 4000 + 1))
+    part = f.sample_ids(0.05, index=index)
+    assert 900 < len(part) < 1100 and 0.4 < (part["id"].astype(int) / 20_000).mean() < 0.6
+    with pytest.raises(UsageError, match="4,000 of count 1, 5,000 are wanted"): f.balanced_ids(index, 5000)
+
+
+def test_the_command_chooses_in_five_ways(data, line, tmp_path):
+    out, store = tmp_path / "bins", ["--endpoint", line.url]
+    run(out, *store, status=2)
+    refused(out, *store, "--list", "udacity", "--sample", 0.1, says="--list and --sample given")
+    refused(out, *store, "--per-count", 2, says="--index")
+    refused(out, *store, "--sample", 0, says="sample 0")
+    refused(out, *store, "--list", tmp_path / "none.json", says="not a list of bins")
+    (tmp_path / "list.json").write_text(json.dumps({"1": [f"data/metadata/{id}.json" for id in ids_of(data)[:3]], "2": ["x/y.json"]}))
+    assert "8 objects" in run(out, *store, "--list", tmp_path / "list.json", "--dry-run").stdout and not out.exists()
+    run(out, *store, "--list", tmp_path / "list.json", "--counts", "1", "--metadata-only")
+    assert len(bins(out)) == 3 and not list((out / "bin-images").iterdir())
+    assert CliRunner().invoke(app, ["index", "--out", str(tmp_path / "index.parquet"), *store]).exit_code == 1  # metadata/broken.json
+    run(out, *store, "--per-count", 2, "--index", tmp_path / "index.parquet", "--images-only")
+    assert len(list((out / "bin-images").iterdir())) == 10 and "Where they lie" in (out / "ids.html").read_text()
+    sampled = run(tmp_path / "sample", *store, "--sample", 1, "--images-only", status=1)  # bin-images/broken.jpg
+    assert "60 fetched" in sampled.stdout
+
+
+def test_pictures_are_downscaled_on_arrival(data, line, tmp_path):
+    ids, where = ids_of(data)[:4], Bucket(endpoint=line.url)
+    f.fetch(tmp_path, ids, where, max_side=96)
+    for id in ids:
+        before, after = Image.open(data / "bin-images" / f"{id}.jpg").size, Image.open(tmp_path / "bin-images" / f"{id}.jpg").size
+        assert max(after) == 96 and abs(after[0] / after[1] - before[0] / before[1]) < 0.03
+    assert f.fetch(tmp_path, ids, where, max_side=96).there == 8
+    with pytest.raises(UsageError, match="max_side 96"): f.fetch(tmp_path, ids, where)
+
+
+# The index
+
+def _index_in_child(out, url):
+    f._PAGE = 7
+    f.index(out, Bucket(endpoint=url), concurrency=4)
+
+
+def test_the_index_goes_on_after_kills_and_reads_again_what_failed(data, line, tmp_path, quick):
+    out, kills = tmp_path / "index.parquet", 0
+    line.latency = 0.03
+    while kills < 3:
+        child = SPAWN.Process(target=_index_in_child, args=(out, line.url))
+        child.start()
+        child.join(0.5)
+        assert child.exitcode is None, "done before it could be killed"
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    assert not out.exists()
+    line.latency, asked = 0, len(line.log)
+    line.always = {"metadata/00003.json": "corrupt"}
+    table = f.index(out, Bucket(endpoint=line.url, attempts=2))
+    assert len(line.log) - asked < 61 + 20, "what was read before the kills was read again"
+    expected = {p.stem: json.loads(p.read_bytes())["EXPECTED_QUANTITY"] for p in (data / "metadata").iterdir()}
+    assert set(table.loc[table["count"].isna(), "id"]) == {"broken", "00003"} and table["problem"].notna().sum() == 2
+    assert not (tmp_path / ".index.parquet.parts").exists() and list(tmp_path.iterdir()) == [out]
+    line.always, asked = {}, len(line.log)
+    table = f.index(out, Bucket(endpoint=line.url)).set_index("id")
+    assert len(line.log) - asked == 2 and dict(table["count"].dropna()) == expected and list(table.index[table["count"].isna()]) == ["broken"]
