@@ -356,7 +356,7 @@ def fetch(
     images:bool=True, # fetch the pictures
     metadata:bool=True, # fetch the documents
     max_side:int|None=None, # downscale pictures on arrival: pixels of the longer side, at most
-    concurrency:int=32, # requests in flight
+    concurrency:int=64, # requests in flight
     progress:bool|None=None, # show a bar; None: on a terminal and in Jupyter
 )->Fetched: # what happened; `failures.csv` in `data` names what could not be had
     """Fetch bins into a folder; what is there already and whole is left as it is, so the same call goes on after a kill.
@@ -501,7 +501,7 @@ _INDEX = pa.schema([("id", pa.string()), ("count", pa.int64()), ("problem", pa.s
 def index(
     out:str|Path, # Parquet file to write: id, count, problem
     bucket:Bucket=Bucket(), # the bucket to read
-    concurrency:int=32, # requests in flight
+    concurrency:int=64, # requests in flight
     progress:bool|None=None, # show the number of documents; None: on a terminal and in Jupyter
 )->pd.DataFrame: # columns id, count (missing where the document could not be read) and problem (why)
     """Read every document of a bucket once and write id → count. A killed run goes on; where `out` is complete, only what failed is read again.
