@@ -124,24 +124,24 @@ _Attempts = Annotated[int, typer.Option(min=1, help="How often to ask for an obj
 def _choose(list, ids, sample, per_count, balance, counts, index, seed, bucket):
     "The bins that the options of `fetch` mean, and what a report on them shows: title → table."
     import pandas as pd
-    from binvision import fetch as f
+    from binvision import choose
     from binvision.core import UsageError
 
     ways = {"--list": list, "--ids": ids, "--sample": sample, "--balance": balance, "--per-count": None if balance else per_count}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1: raise UsageError(f"which bins? {' and '.join(given) or 'none'} given", f"pass one of {', '.join(ways)}")
-    labels = f.read_list(*index) if index else None
+    labels = choose.read_list(*index) if index else None
     if labels is None and given[0] in ("--per-count", "--balance"):
         raise UsageError(f"{given[0]}: needs the counts of many bins", "pass --index with what `binvision index` wrote, or with the challenge's counting lists")
     wanted = read_counts(counts) if counts else None
     if balance is not None:
-        before = f.read_list(balance)
-        new = f.balance(before, labels, per_count, wanted, seed)
+        before = choose.read_list(balance)
+        new = choose.balance(before, labels, per_count, wanted, seed)
         before = before[before["count"].isin(new["count"].unique())]
         return new, {"before": before, "after": pd.concat([before, new])}
-    if per_count is not None: chosen = f.balanced_ids(labels, per_count, wanted or range(1, 6), seed)
-    elif sample is not None: chosen = f.sample_ids(sample, seed, bucket, labels)
-    else: chosen = f.read_list(list if list is not None else ids)
+    if per_count is not None: chosen = choose.balanced_ids(labels, per_count, wanted or range(1, 6), seed)
+    elif sample is not None: chosen = choose.sample_ids(sample, seed, bucket, labels)
+    else: chosen = choose.read_list(list if list is not None else ids)
     if wanted:
         if "count" not in chosen or chosen["count"].isna().any(): raise UsageError("--counts: the counts of these bins are not known", "leave it out, or pass --index")
         chosen = chosen[chosen["count"].isin(wanted)]
@@ -151,7 +151,7 @@ def _choose(list, ids, sample, per_count, balance, counts, index, seed, bucket):
 
 def _report_choice(tables, out):
     "Print how many bins of each count there are, warn of a confound, and leave the page."
-    from binvision.fetch import CONFOUNDED, confounding, report_ids
+    from binvision.choose import CONFOUNDED, confounding, report_ids
 
     for title, table in tables.items():
         n, v = table["count"].value_counts().sort_index(), confounding(table)

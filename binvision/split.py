@@ -15,8 +15,8 @@ import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from .choose import read_list
 from .core import DataError, UsageError, atomic_write, bin_id, rng, sha256
-from .fetch import read_list
 from .metadata import catalogue, read_catalogue
 
 # %% ../nbs/05_split.ipynb #cdb7d792

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from binvision import choose as c
 from binvision import fetch as f
 from binvision.cli import app
 from binvision.core import DataError, UsageError
@@ -321,12 +322,12 @@ def test_ids_are_spelled_as_in_the_bucket(data, line, tmp_path):
 
 @abid
 def test_the_published_lists_are_read(tmp_path):
-    course = f.read_list(ABID / "lists" / "udacity_file_list.json")
+    course = c.read_list(ABID / "lists" / "udacity_file_list.json")
     assert len(course) == 10_441 and list(course["count"].value_counts().sort_index()) == [1228, 2299, 2666, 2373, 1875]
     assert {"1000", "01000"} <= set(course["id"]) or (course["id"].str.len() < 5).any()
-    challenge = f.read_list(*(ABID / "lists" / f"abid_challenge_counting_{part}.json" for part in ("train", "val")))
+    challenge = c.read_list(*(ABID / "lists" / f"abid_challenge_counting_{part}.json" for part in ("train", "val")))
     assert len(challenge) == 360_767
-    labels = f.read_list(ABID / "labels.csv").set_index("id")["count"]
+    labels = c.read_list(ABID / "labels.csv").set_index("id")["count"]
     both = challenge.set_index("id")["count"].reindex(labels.index).dropna()
     assert len(both) > 5000 and (both == labels[both.index]).mean() > 0.999, "an index that is off by one would agree by chance"
 
@@ -342,22 +343,22 @@ def test_a_confounded_data_set_is_warned_of_and_evened_out(store, tmp_path):
     assert "warning: after" in filled.stderr and "warning: before" not in filled.stderr
     even = run(tmp_path / "bins", "--balance", course, *common)
     assert "warning" not in even.stderr and not (tmp_path / "bins").exists()
-    before, index = f.read_list(course), f.read_list(*lists)
-    new = f.balance(before, index)
+    before, index = c.read_list(course), c.read_list(*lists)
+    new = c.balance(before, index)
     assert not set(new["id"]) & set(before["id"]) and new["count"].nunique() == 5
     assert pd.concat([before, new])["count"].value_counts().nunique() == 1
-    assert f.confounding(f.balanced_ids(index, 2000)) < 0.03
+    assert c.confounding(c.balanced_ids(index, 2000)) < 0.03
 
 
 def test_choices_are_the_same_tomorrow_and_spread_over_all():
     index = pd.DataFrame({"id": [f"{k:05d}" for k in range(20_000)], "count": np.arange(20_000) % 5 + 1})
-    a, b = f.balanced_ids(index, 500), f.balanced_ids(index.sample(frac=1, random_state=1), 500)
+    a, b = c.balanced_ids(index, 500), c.balanced_ids(index.sample(frac=1, random_state=1), 500)
     assert set(a["id"]) == set(b["id"]) and set(a["count"].value_counts()) == {500}
-    assert set(f.balanced_ids(index, 200)["id"]) < set(a["id"]) != set(f.balanced_ids(index, 500, seed=1)["id"])
-    assert f.confounding(a) < 0.06 < 0.9 < f.confounding(index.assign(count=np.arange(20_000) // 4000 + 1))
-    part = f.sample_ids(0.05, index=index)
+    assert set(c.balanced_ids(index, 200)["id"]) < set(a["id"]) != set(c.balanced_ids(index, 500, seed=1)["id"])
+    assert c.confounding(a) < 0.06 < 0.9 < c.confounding(index.assign(count=np.arange(20_000) // 4000 + 1))
+    part = c.sample_ids(0.05, index=index)
     assert 900 < len(part) < 1100 and 0.4 < (part["id"].astype(int) / 20_000).mean() < 0.6
-    with pytest.raises(UsageError, match="4,000 of count 1, 5,000 are wanted"): f.balanced_ids(index, 5000)
+    with pytest.raises(UsageError, match="4,000 of count 1, 5,000 are wanted"): c.balanced_ids(index, 5000)
 
 
 def test_the_command_chooses_in_five_ways(data, line, tmp_path):
