@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -370,6 +371,11 @@ def test_the_command_chooses_in_five_ways(data, line, tmp_path):
     refused(out, *store, "--list", tmp_path / "none.json", says="not a list of bins")
     (tmp_path / "list.json").write_text(json.dumps({"1": [f"data/metadata/{id}.json" for id in ids_of(data)[:3]], "2": ["x/y.json"]}))
     assert "8 objects" in run(out, *store, "--list", tmp_path / "list.json", "--dry-run").stdout and not out.exists()
+    urllib.request.urlopen(urllib.request.Request(f"{line.upstream}/aft-vbi-pds/lists/list.json", (tmp_path / "list.json").read_bytes(),
+                                                  {"Content-Type": "application/json"}, method="PUT")).close()
+    by_url = run(out, *store, "--list", f"{line.url}/aft-vbi-pds/lists/list.json", "--dry-run").stdout
+    assert "downloading the list http" in by_url and "8 objects" in by_url
+    refused(out, *store, "--list", f"{line.url}/aft-vbi-pds/lists/none.json", says="HTTP Error 404")
     run(out, *store, "--list", tmp_path / "list.json", "--counts", "1", "--metadata-only")
     assert len(bins(out)) == 3 and not list((out / "bin-images").iterdir())
     assert CliRunner().invoke(app, ["index", "--out", str(tmp_path / "index.parquet"), *store]).exit_code == 1  # metadata/broken.json
