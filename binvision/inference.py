@@ -204,14 +204,14 @@ class Model:
             self.backend = "int8" if BACKENDS["int8"] in self.card["files"] else "fp32"
             path = check_file(folder, self.card, BACKENDS[self.backend])
             self.session = _session(path, self.backend, threads)
-        self._input = self.session.get_inputs()[0].name
+        self.input = self.session.get_inputs()[0].name
         if (n := self.session.get_outputs()[0].shape[-1]) != len(self.card["counts"]):
             raise ModelError(f"{path}: gives {n} numbers, and the card names {len(self.card['counts'])} counts",
                              "take the whole model folder from its source again")
 
     def logits(self, batch:np.ndarray)->np.ndarray:
         "n × 3 × size × size float32 (from `preprocess`) to n × number of counts, float32."
-        return self.session.run(None, {self._input: batch})[0]
+        return self.session.run(None, {self.input: batch})[0]
 
     def __repr__(self): return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
 
