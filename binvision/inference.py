@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMAT', 'CARD_KEYS', 'BACKENDS', 'PICTURES', 'load_image', 'fit_image', 'preprocess', 'save_model',
-           'read_card', 'check_file', 'choose_backend', 'Model', 'load_model', 'Prediction', 'softmax',
+           'read_card', 'check_file', 'choose_backend', 'cores', 'Model', 'load_model', 'Prediction', 'softmax',
            'predict_stream', 'Predictions', 'list_pictures', 'predict']
 
 # %% ../nbs/06_inference.ipynb #c3828eb2
@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -67,7 +68,8 @@ def load_image(
     try:
         image = _open(source)
         if image.width * image.height > MAX_PIXELS: raise Image.DecompressionBombError("too large")
-        return _rgb(ImageOps.exif_transpose(image))
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image)
     except ImageError: raise
     except FileNotFoundError as e: raise ImageError(f"{_name(source)}: no such file", "check the path") from e
     except IsADirectoryError as e: raise ImageError(f"{_name(source)}: a folder, not a picture", "pass a picture") from e
@@ -95,11 +97,14 @@ def preprocess(
     card:dict, # the model's card: `size`, `resize`, `mean`, `std`
 )->np.ndarray: # 3 × size × size, float32
     "A picture as the network reads it."
-    pixels = np.asarray(fit_image(load_image(source), card["size"], card["resize"]), dtype=np.float32) / 255
-    pixels = (pixels - np.float32(card["mean"])) / np.float32(card["std"])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    pixels = np.asarray(fit_image(load_image(source), card["size"], card["resize"]))
+    out = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+    for channel, mean, std in zip(range(3), card["mean"], card["std"]):  # (pixel / 255 - mean) / std, without large copies
+        np.multiply(pixels[..., channel], np.float32(1 / (255 * std)), out=out[channel], dtype=np.float32)
+        out[channel] -= np.float32(mean / std)
+    return out
 
-# %% ../nbs/06_inference.ipynb #d405fa13
+# %% ../nbs/06_inference.ipynb #a9e3c4c4
 FORMAT = 1 # of card.json; raised when an older library could misread a newer folder
 CARD_KEYS = ("arch", "counts", "size", "resize", "mean", "std") # what `predict` cannot do without
 
@@ -121,7 +126,7 @@ def save_model(
         (new/"card.json").write_text(text + "\n", encoding="utf-8")
     return Path(folder)
 
-# %% ../nbs/06_inference.ipynb #fed8015a
+# %% ../nbs/06_inference.ipynb #f5441784
 def read_card(
     folder:str|os.PathLike, # a model folder
 )->dict:
@@ -176,6 +181,11 @@ def choose_backend(
     return backend or ("cuda" if cuda else "int8" if int8 else "fp32")
 
 
+def cores()->int:
+    "How many processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _session(path, backend, threads):
     "An ONNX Runtime session of one file, or `None` where CUDA does not start."
     import onnxruntime as ort
@@ -204,7 +214,8 @@ class Model:
             self.backend = "int8" if BACKENDS["int8"] in self.card["files"] else "fp32"
             path = check_file(folder, self.card, BACKENDS[self.backend])
             self.session = _session(path, self.backend, threads)
-        self.input = self.session.get_inputs()[0].name
+        self.path, self.input = path, self.session.get_inputs()[0].name
+        self.threads = threads or cores()
         if (n := self.session.get_outputs()[0].shape[-1]) != len(self.card["counts"]):
             raise ModelError(f"{path}: gives {n} numbers, and the card names {len(self.card['counts'])} counts",
                              "take the whole model folder from its source again")
@@ -212,6 +223,13 @@ class Model:
     def logits(self, batch:np.ndarray)->np.ndarray:
         "n × 3 × size × size float32 (from `preprocess`) to n × number of counts, float32."
         return self.session.run(None, {self.input: batch})[0]
+
+    @cached_property
+    def _alone(self):
+        "A session that computes in the thread that calls it; several such threads together do more than one call with several threads."
+        return self.session if self.backend == "cuda" or self.threads == 1 else _session(self.path, self.backend, 1)
+
+    def _logits_alone(self, batch): return self._alone.run(None, {self.input: batch})[0]
 
     def __repr__(self): return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
 
@@ -224,7 +242,7 @@ def load_model(
     "Open a model folder for prediction."
     return Model(folder, backend, threads)
 
-# %% ../nbs/06_inference.ipynb #7a3fd618
+# %% ../nbs/06_inference.ipynb #10f2070f
 def _thumbnail(source, side=110):
     "A small JPEG as a data URL, where the source is a picture that is at hand."
     try: image = load_image(source)
@@ -277,7 +295,7 @@ class Prediction:
                 f"item{'s' * (self.count != 1)}, {self.confidence:.0%} sure, expected {self.expected:.1f}"
                 f"<table>{bars}</table></div></div>")
 
-# %% ../nbs/06_inference.ipynb #10f2070f
+# %% ../nbs/06_inference.ipynb #95938683
 def softmax(
     logits:np.ndarray, # … × number of counts
 )->np.ndarray: # the same shape; the last axis sums to 1
@@ -293,10 +311,10 @@ def _prepare(item, card):
     except BinvisionError as e: return name, None, e.problem
 
 
-def _answer(model, prepared):
-    "Predictions of one batch, in order."
+def _answer(model, prepared, run):
+    "Predictions of one batch, in order; `run` gives its logits."
     good = [x for _, x, error in prepared if error is None]
-    rows = iter(softmax(model.logits(np.stack(good))) if good else ())
+    rows = iter(softmax(run(np.stack(good))) if good else ())
     counts = model.card["counts"]
     for name, _, error in prepared:
         if error is not None: yield Prediction(name, error=error)
@@ -305,26 +323,36 @@ def _answer(model, prepared):
             yield Prediction(name, counts[int(p.argmax())], dict(zip(counts, p.tolist())))
 
 
+def _whole(model, items, run): return list(_answer(model, [_prepare(item, model.card) for item in items], run))
+
+
 def predict_stream(
     model, # a `Model`, or the path of a model folder
     sources:Iterable, # pictures, whatever `load_image` takes; may be endless
-    batch_size:int=16, # pictures that go through the network together
+    batch_size:int=8, # pictures that go through the network together
 )->Iterator[Prediction]: # one for each source, in order
     "Predict one picture after another in constant memory; a broken picture gives a `Prediction` with an `error`."
     model = model if isinstance(model, Model) else load_model(model)
     named = ((_name(s) if isinstance(s, (str, os.PathLike, Image.Image)) else f"{_name(s)} {i}", s)
              for i, s in enumerate(sources))
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        ahead = deque(pool.submit(_prepare, item, model.card) for item in islice(named, 2 * batch_size))
+    batches = iter(lambda: list(islice(named, batch_size)), [])
+    first = list(islice(batches, 2))
+    if len(first) < 2:  # too few to share out
+        for items in first: yield from _whole(model, items, model.logits)
+        return
+    _ = model._alone  # made here, once, and not by several threads
+    start = lambda items: pool.submit(_whole, model, items, model._logits_alone)
+    with ThreadPoolExecutor(max_workers=model.threads) as pool:
+        ahead = deque(map(start, first + list(islice(batches, max(0, model.threads - 1)))))
         try:
             while ahead:
-                batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
-                ahead.extend(pool.submit(_prepare, item, model.card) for item in islice(named, len(batch)))
-                yield from _answer(model, batch)
+                answers = ahead.popleft().result()
+                ahead.extend(map(start, islice(batches, 1)))
+                yield from answers
         finally:
             for future in ahead: future.cancel()
 
-# %% ../nbs/06_inference.ipynb #d2f1e2fd
+# %% ../nbs/06_inference.ipynb #f28fdc82
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} # what counts as one in a folder
 
 
@@ -363,13 +391,15 @@ def list_pictures(
 def predict(
     model, # a `Model`, or the path of a model folder
     source, # a picture (path, bytes, PIL image, array), a folder, a list of pictures, or a generator of them
-    batch_size:int=16, # pictures that go through the network together
+    batch_size:int=8, # pictures that go through the network together
+    backend:str|None=None, # "cuda", "int8" or "fp32"; `None` for the fastest that is there. A `Model` has its own
+    threads:int|None=None, # processor threads to use; `None` for all cores. A `Model` has its own
 )->"Prediction|Predictions|Iterator[Prediction]":
     "How many items are in the bin? One picture that cannot be opened raises an `ImageError`; among many it gets an `error`."
-    model = model if isinstance(model, Model) else load_model(model)
+    model = model if isinstance(model, Model) else load_model(model, backend, threads)
     if isinstance(source, (str, os.PathLike)) and Path(source).is_dir(): source = list_pictures(source)
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)) \
             and getattr(source, "ndim", 0) != 4:
-        return next(_answer(model, [(_name(source), preprocess(source, model.card), None)]))
+        return next(_answer(model, [(_name(source), preprocess(source, model.card), None)], model.logits))
     answers = predict_stream(model, source, batch_size)
     return answers if isinstance(source, Iterator) else Predictions(answers)
