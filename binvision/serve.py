@@ -716,7 +716,9 @@ def _server(app, host, port):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: sock.bind((host, port))
+    try:
+        sock.bind((host, port))
+        sock.listen(config.backlog)  # from here on callers wait rather than being turned away
     except (OSError, OverflowError) as e:
         sock.close()
         raise UsageError(f"{host}, port {port}: cannot listen there ({getattr(e, 'strerror', None) or e})", "pass another --host or --port") from e
@@ -773,5 +775,6 @@ def serve(
     _warm_up(opened, app.state.service.settings.batch)
     server, sock = _server(app, host, port)
     _say("listening", url=_url(sock), model=app.state.service.id, backend=opened.backend, pid=os.getpid())
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done: then the work is done well
+    def stop(*_): server.should_exit = True
+    signal.signal(signal.SIGTERM, stop)  # uvicorn raises it again when all is done: this makes the exit status 0
     server.run([sock])
