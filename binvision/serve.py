@@ -62,7 +62,7 @@ MB = 1 << 20
 @dataclass(frozen=True)
 class Settings:
     "What an operator may choose."
-    batch:int=16 # pictures that go through the network together, at most
+    batch:int=8 # pictures that go through the network together, at most
     wait_ms:float=2. # how long a picture may wait for company, milliseconds
     queue:int=128 # pictures accepted and not yet answered; more are refused with 503
     max_images:int=32 # pictures a request
@@ -273,16 +273,16 @@ class Batcher:
 
     def __init__(
         self,
-        run, # n × … array → n rows; called in a thread of its own
-        batch:int=16, # rows together, at most
+        run, # (n × … array, whether other batches are computed too) → n rows; called in threads
+        batch:int=8, # rows together, at most
         wait_ms:float=2., # milliseconds to wait for company
         queue:int=128, # pictures accepted and not yet answered, at most
+        lanes:int=1, # batches at the same time
         observe=lambda n, seconds: None, # told of each batch
     ):
-        self._run, self.batch, self.wait, self.queue, self._observe = run, batch, wait_ms / 1000, queue, observe
-        self.pending, self.cost = 0, 0.  # pictures accepted and not yet answered; seconds a picture, lately
-        self._waiting, self._wake = deque(), asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "network")
+        self._run, self.batch, self.wait, self.queue, self.lanes, self._observe = run, batch, wait_ms / 1000, queue, lanes, observe
+        self.pending, self.computing, self.busy, self.cost = 0, 0, 0, 0.  # accepted; in the network; lanes at work; seconds a picture, lately
+        self._waiting, self._wake, self._threads = deque(), asyncio.Event(), ThreadPoolExecutor(lanes, "network")
 
     @contextlib.contextmanager
     def room(self, n:int):
@@ -306,29 +306,38 @@ class Batcher:
         return await asyncio.gather(*futures)
 
     async def work(self):
-        "Answer batch after batch until cancelled."
+        "Answer until cancelled, in all lanes."
+        await asyncio.gather(*(self._lane() for _ in range(self.lanes)))
+
+    async def _lane(self):
+        "Answer batch after batch."
         while True:
             if not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            if len(self._waiting) < min(self.batch, self.pending): await asyncio.sleep(self.wait)  # others are on their way
+            on_the_way = self.pending - self.computing - len(self._waiting)
+            if on_the_way > 0 and len(self._waiting) < self.batch: await asyncio.sleep(self.wait)
             taken = [self._waiting.popleft() for _ in range(min(self.batch, len(self._waiting)))]
-            started = time.perf_counter()
-            try: rows = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, [a for a, _ in taken])
-            except Exception as e: rows = [e] * len(taken)
-            self._settle(taken, rows, time.perf_counter() - started)
+            if taken: await self._answer(taken)
 
-    def _compute(self, arrays): return list(self._run(np.stack(arrays)))
-
-    def _settle(self, taken, rows, seconds):
-        self.cost += .2 * (seconds / len(taken) - self.cost)
+    async def _answer(self, taken):
+        "Compute one batch in a thread and give each caller its row, or all of them the error."
+        alone, started = not self.busy and not self._waiting, time.perf_counter()
+        self.busy, self.computing = self.busy + 1, self.computing + len(taken)
+        try: rows = await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, [a for a, _ in taken], not alone)
+        except Exception as e: rows = [e] * len(taken)
+        self.busy, self.computing = self.busy - 1, self.computing - len(taken)
+        seconds = time.perf_counter() - started
+        self.cost += .2 * (seconds / len(taken) / self.lanes - self.cost)
         self._observe(len(taken), seconds)
         for (_, future), row in zip(taken, rows):
             if future.done(): continue  # its caller is gone
             if isinstance(row, Exception): future.set_exception(row)
             else: future.set_result(row)
 
-    def close(self): self._thread.shutdown()
+    def _compute(self, arrays, others): return list(self._run(np.stack(arrays), others))
+
+    def close(self): self._threads.shutdown()
 
 # %% ../nbs/12_serve.ipynb #0749a316
 WORDS = {.9: "almost certain", .7: "fairly sure", .5: "more likely than not", 0: "a guess"} # confidence from … in words
@@ -438,11 +447,16 @@ class Service:
         self.id = f"{model.card['arch']}-{hashlib.sha256(card).hexdigest()[:12]}"
         self.metrics = Metrics(self.id, model.backend)
         s = settings
-        self.batcher = Batcher(model.logits, s.batch, s.wait_ms, s.queue, self.metrics.batched)
+        lanes = 1 if model.backend == "cuda" else model.threads
+        self.batcher = Batcher(self.network, s.batch, s.wait_ms, s.queue, lanes, self.metrics.batched)
         self.metrics.pending.set_function(lambda: self.batcher.pending)
         self.metrics.held.set_function(lambda: self.held)
         self.held, self.accepted, self.answered, self.worker = 0, 0, 0, None
         self.pool = ThreadPoolExecutor(s.decoders, "decoder")
+
+    def network(self, batch, others):
+        "Logits of a batch: on all cores, or on one where other batches are computed too."
+        return (self.model._logits_alone if others else self.model.logits)(batch)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
@@ -751,7 +765,8 @@ def running(
 def _warm_up(model, batch):
     "Run the network once on nothing, alone and as a batch, so that the first callers do not wait for it."
     side = model.card["size"]
-    for n in {1, batch}: model.logits(np.zeros((n, 3, side, side), np.float32))
+    for run in (model.logits, model._logits_alone):
+        for n in {1, batch}: run(np.zeros((n, 3, side, side), np.float32))
 
 
 def serve(

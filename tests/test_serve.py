@@ -243,7 +243,7 @@ def test_no_file_is_opened_or_written_for_a_request(http, jpeg):
 
 def test_one_error_in_the_service_is_a_plain_500_and_a_line_in_the_log(opened, jpeg, caplog):
     app = make_app(opened)
-    app.state.service.batcher._run = lambda batch: 1 / 0
+    app.state.service.batcher._run = lambda batch, others: 1 / 0
     with running(app) as url, client(url) as http:
         body = problem(http.post("/predict", files={"image": jpeg}, headers={"X-Request-Id": "abc-1"}), 500, "failed")
         assert body["request_id"] == "abc-1" and "division" not in json.dumps(body)
@@ -302,7 +302,7 @@ def test_answers_are_not_mixed_up_among_many_callers(url, bins, expected):
 
 def slow(opened, seconds):
     "An application whose network takes some seconds a batch."
-    def run(batch):
+    def run(batch, others):
         time.sleep(seconds)
         return opened.logits(batch)
     def app(**limits):
