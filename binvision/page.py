@@ -240,7 +240,7 @@ function draw(item) {
   if (shown) drawDetail();
   if (!several) return;
   const failed = done.filter(i => i.error).length, differ = done.filter(i => i.answer?.agreement?.verdict === "mismatch").length;
-  $("summary").textContent = [`${done.length} of ${items.length} photos`, differ && `${differ} differ from the record`, failed && `${failed} could not be read`].filter(Boolean).join(" · ");
+  $("summary").textContent = [`${done.length} of ${items.length} photos`, differ && `${differ} differ${differ === 1 ? "s" : ""} from the record`, failed && `${failed} could not be read`].filter(Boolean).join(" · ");
   if (!$("rows").contains(document.activeElement)) sort();
 }
 
@@ -280,7 +280,7 @@ function clear() {
 
 async function about() {
   const reply = await fetch("model", { headers: headers() }).catch(() => null);
-  if (reply?.ok) { const m = await reply.json(); $("model").textContent = m.id; $("model").hidden = false; $("knows").textContent = `It counts ${m.card.counts[0]} to ${m.card.counts.at(-1)} items.`; }
+  if (reply?.ok) { const m = await reply.json(); $("model").textContent = m.id; $("model").hidden = false; $("knows").textContent = `The model counts ${m.card.counts[0]} to ${m.card.counts.at(-1)} items.`; }
 }
 
 if (navigator.maxTouchPoints) document.body.classList.add("touchy");
