@@ -769,6 +769,18 @@ def _warm_up(model, batch):
         for n in {1, batch}: run(np.zeros((n, 3, side, side), np.float32))
 
 
+def _log_json_lines():
+    "Send all logs to stdout, a line of JSON each."
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonLines())
+    for name, level in (("binvision", logging.INFO), ("uvicorn", logging.WARNING), ("py.warnings", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).addHandler(handler)
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", module="PIL")  # of odd pictures, and the next of odd forms: what cannot be used is answered so
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
 def serve(
     model:str|os.PathLike, # the model's folder
     host:str="127.0.0.1", # address to listen on; 0.0.0.0 for all
@@ -778,13 +790,7 @@ def serve(
     settings:Settings|None=None, # limits and options
 ):
     "Serve a model until SIGTERM or Ctrl-C; what was accepted by then is answered."
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonLines())
-    for name, level in (("binvision", logging.INFO), ("uvicorn", logging.WARNING), ("py.warnings", logging.WARNING)):
-        logging.getLogger(name).setLevel(level)
-        logging.getLogger(name).addHandler(handler)
-    logging.captureWarnings(True)
-    warnings.filterwarnings("ignore", module="PIL")  # of odd pictures; what cannot be used is answered so
+    _log_json_lines()
     opened = load_model(model, backend, threads)
     app = make_app(opened, settings)
     _warm_up(opened, app.state.service.settings.batch)

@@ -481,6 +481,7 @@ def test_the_log_is_json_without_anything_of_the_callers(started, jpeg, tmp_path
     with client(url) as http:
         http.post("/predict?quantity=7", files={"image": ("secret-name.jpg", jpeg)}, headers={"Authorization": f"Bearer {TOKEN}"})
         http.post("/predict", files={"image": ("secret-name.jpg", b"secret-bytes")}, headers={"Authorization": f"Bearer {TOKEN}"})
+        http.post("/predict", content=b"--x\r\nsecret\x00header", headers=FORM | {"Authorization": f"Bearer {TOKEN}"})
         http.get("/secret-path", headers={"X-Request-Id": "bad id\t{}"})
         http.get("/", headers={"X-Request-Id": "mine.7"})
     process.terminate()
@@ -488,9 +489,9 @@ def test_the_log_is_json_without_anything_of_the_callers(started, jpeg, tmp_path
     text = log.read_text()
     assert "secret" not in text and TOKEN not in text and encoded(jpeg)[:40] not in text
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["event"] for line in lines] == ["listening", *["request"] * 4, "stopped"]
-    assert [(line["path"], line["status"]) for line in lines[1:-1]] == [("/predict", 200), ("/predict", 422), ("other", 401), ("/", 200)]
-    assert lines[2]["code"] == "not-a-picture" and lines[4]["request_id"] == "mine.7" and {"ms", "images", "bytes", "time", "level"} <= set(lines[1])
+    assert [line["event"] for line in lines] == ["listening", *["request"] * 5, "stopped"]
+    assert [(line["path"], line["status"]) for line in lines[1:-1]] == [("/predict", 200), ("/predict", 422), ("/predict", 400), ("other", 401), ("/", 200)]
+    assert lines[2]["code"] == "not-a-picture" and lines[5]["request_id"] == "mine.7" and {"ms", "images", "bytes", "time", "level"} <= set(lines[1])
 
 
 def test_options_come_from_the_environment_too(started, model, jpeg):
