@@ -280,9 +280,9 @@ def predict(
     from binvision.inference import load_model, predict_stream
 
     if out: return _predict_to(model, source, out, root, batch_size, backend, threads, overwrite)
-    paths, failed = [path for s in source for path in _pictures(s, root)], []
+    paths, failed, opened = [path for s in source for path in _pictures(s, root)], [], load_model(model, backend, threads)
     if not as_json: typer.echo("count  sure  expected  picture")
-    for p in predict_stream(load_model(model, backend, threads), paths, batch_size):
+    for p in predict_stream(opened, paths, batch_size):
         if p.error: failed.append((p.source, p.error.removeprefix(f"{p.source}: ")))
         if as_json: typer.echo(json.dumps(p.to_dict(), ensure_ascii=False))
         elif not p.error: typer.echo(f"{p.count:5}  {p.confidence:4.0%}  {p.expected:8.2f}  {p.source}")
