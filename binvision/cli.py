@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'read_counts', 'synthesize', 'fetch', 'index', 'catalogue', 'explore', 'split', 'train', 'evaluate',
-           'predict', 'demo']
+           'export', 'predict', 'serve', 'demo']
 
 # %% ../nbs/13_cli.ipynb #2598c436
 import functools
@@ -340,27 +340,112 @@ def evaluate(
     typer.echo(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
     _name_failures((f["file"], f["reason"]) for f in result["failed"])
 
-# %% ../nbs/13_cli.ipynb #b4b22ab5
+# %% ../nbs/13_cli.ipynb #71811ac0
+@_command
+def export(
+    model: _Model,
+    data: _Data,
+    manifest: _Manifest,
+    int8: Annotated[bool, typer.Option("--int8", help="Write model.int8.onnx: 8-bit weights and values, per channel.")]=False,
+    n: Annotated[int, typer.Option(min=1, help="Pictures of the train part to calibrate with.")]=256,
+    seed: Annotated[int, typer.Option(help="Draws them.")]=0,
+    max_loss: Annotated[float, typer.Option(help="Accuracy that may be lost on the valid part, 0 to 1.")]=0.005,
+):
+    "Make a trained model fast. Its accuracy before and after is measured and written into its card."
+    from binvision.quantize import export
+
+    made = export(model, data, manifest, int8, n, seed, max_loss)
+    typer.echo(f"{made['n']:,} bins of the valid part  accuracy    MAE")
+    for name in ("fp32", "int8"): typer.echo(f"{name:24}  {made[name]['accuracy']:8.4f} {made[name]['mae']:6.3f}")
+    typer.echo(f"same count for {made['same_count']:.1%}; calibration: {made['method']} on {made['calibrated_on']:,} pictures of the train part")
+    if made["kept_in_fp32"]: typer.echo(f"kept in fp32: {', '.join(made['kept_in_fp32'])}")
+    if made["n"] < 600: typer.echo(f"note: {made['n']:,} bins say little about half a point of accuracy; take 600 or more", err=True)
+    typer.echo(f"written: {model/'model.int8.onnx'}")
+
+# %% ../nbs/13_cli.ipynb #7734b306
 @_command
 def predict(
     model: _Model,
-    source: Annotated[list[Path], typer.Argument(help="Pictures, and folders that are searched for pictures.")],
+    source: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, and lists of pictures (.csv, .parquet, .txt).")],
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON an image instead of a table.")]=False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network together.")]=16,
+    out: Annotated[Path | None, typer.Option(help="File for the results, .parquet or .jsonl, of one folder or list. A run that was stopped goes on.")]=None,
+    root: Annotated[Path | None, typer.Option(help="Where the paths in a list start.", show_default="the folder of the list")]=None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network together.")]=8,
+    backend: Annotated[str | None, typer.Option(help="cuda, int8 or fp32.", show_default="the fastest that is there")]=None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads to use.", show_default="all cores")]=None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]=False,
 ):
     "Count the items in pictures. Each is a line as soon as it is known."
-    from binvision.inference import list_pictures, load_model, predict_stream
+    from binvision.inference import load_model, predict_stream
 
-    paths = [path for s in source for path in (list_pictures(s) if s.is_dir() else [s])]
-    failed = []
+    if out: return _predict_to(model, source, out, root, batch_size, backend, threads, overwrite)
+    paths, failed, opened = [path for s in source for path in _pictures(s, root)], [], load_model(model, backend, threads)
     if not as_json: typer.echo("count  sure  expected  picture")
-    for p in predict_stream(load_model(model), paths, batch_size):
+    for p in predict_stream(opened, paths, batch_size):
         if p.error: failed.append((p.source, p.error.removeprefix(f"{p.source}: ")))
         if as_json: typer.echo(json.dumps(p.to_dict(), ensure_ascii=False))
         elif not p.error: typer.echo(f"{p.count:5}  {p.confidence:4.0%}  {p.expected:8.2f}  {p.source}")
     _name_failures(failed, 2 if len(failed) == len(paths) else 1)
 
-# %% ../nbs/13_cli.ipynb #54fd49f9
+
+def _pictures(source, root):
+    "The pictures that one argument stands for."
+    from binvision.bulk import LISTS, list_sources
+    from binvision.inference import list_pictures
+
+    if source.is_dir(): return list_pictures(source)
+    return [path for _, path in list_sources(source, root)] if source.suffix.lower() in LISTS else [source]
+
+
+def _predict_to(model, source, out, *settings):
+    "Results into a file; the first hundred failures are named on stderr."
+    from binvision.bulk import predict_to
+    from binvision.core import UsageError
+
+    if len(source) > 1: raise UsageError(f"--out with {len(source)} arguments: takes one", "pass a folder, or a list of pictures")
+    done = predict_to(model, source[0], out, *settings)
+    before = f", {done.resumed:,} of them by an earlier run" if done.resumed else ""
+    typer.echo(f"{out}: {done.n:,} pictures{before}, {done.failed:,} without a count")
+    if more := done.failed - len(done.first_failures): done.first_failures.append(("and", f"{more:,} more; see the column error in {out}"))
+    _name_failures(done.first_failures, 2 if done.failed == done.n else 1, named=101)
+
+# %% ../nbs/13_cli.ipynb #de1ef0ce
+def _option(name, help, **how):
+    "An option of `serve` that is an environment variable too."
+    return typer.Option(help=help, envvar=f"BINVISION_{name}", show_envvar=False, **how)
+
+
+@_command
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder; also BINVISION_MODEL.", envvar="BINVISION_MODEL", show_envvar=False)]=Path("/opt/ml/model"),
+    host: Annotated[str, _option("HOST", "Address to listen on; 0.0.0.0 for all.")]="127.0.0.1",
+    port: Annotated[int, _option("PORT", "Port to listen on; 0 for any free one.", min=0, max=65535)]=8080,
+    backend: Annotated[str | None, _option("BACKEND", "What runs the network: cuda, int8 or fp32.", show_default="the fastest that is there")]=None,
+    threads: Annotated[int | None, _option("THREADS", "Processor threads of the network.", min=1, show_default="all cores")]=None,
+    batch: Annotated[int, _option("BATCH", "Pictures that go through the network together, at most.", min=1)]=8,
+    wait_ms: Annotated[float, _option("WAIT_MS", "How long a picture may wait for company, milliseconds.", min=0)]=2,
+    queue: Annotated[int, _option("QUEUE", "Pictures accepted and not yet answered; more are refused with 503.", min=1)]=128,
+    max_images: Annotated[int, _option("MAX_IMAGES", "Pictures a request.", min=1)]=32,
+    max_bytes: Annotated[int, _option("MAX_BYTES", "Bytes a picture.", min=1)]=20 << 20,
+    max_request: Annotated[int, _option("MAX_REQUEST", "Bytes a request.", min=1)]=64 << 20,
+    max_pixels: Annotated[int, _option("MAX_PIXELS", "Pixels a picture.", min=1)]=50_000_000,
+    memory: Annotated[int, _option("MEMORY", "Bytes of all requests being received or answered.", min=1)]=256 << 20,
+    timeout: Annotated[float, _option("TIMEOUT", "Seconds that a request may take to arrive.")]=30,
+    grace: Annotated[float, _option("GRACE", "Seconds to finish what was accepted, when asked to stop.", min=0)]=30,
+    cors: Annotated[list[str] | None, _option("CORS", "Origin of another site's pages that may call; may be repeated.", show_default="none")]=None,
+    token_file: Annotated[Path | None, _option("TOKEN_FILE", "File with the token that callers must send.", show_default="BINVISION_TOKEN, or no token")]=None,
+):
+    "Answer over HTTP, with a page for browsers. SIGTERM or Ctrl-C ends it; what was accepted is answered first."
+    import os
+
+    limits = {k: v for k, v in locals().items() if k in ("batch", "wait_ms", "queue", "max_images", "max_bytes", "max_request", "max_pixels", "memory", "timeout", "grace")}
+    from binvision.serve import Settings, serve
+
+    token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("BINVISION_TOKEN")
+    try: serve(model, host, port, backend, threads, Settings(**limits, cors=tuple(cors or ()), token=token))
+    except KeyboardInterrupt: raise KeyboardInterrupt("what was accepted has been answered") from None
+
+# %% ../nbs/13_cli.ipynb #0a6afa6c
 _DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
 _LEFT = """What binvision demo left here
 =============================
@@ -411,7 +496,7 @@ def _demo_model(out, n, seed, size, epochs):
     train(data, out/"manifest.csv", out/"run", seed=seed, **_DEMO | {"size": size, "epochs": epochs})
     return data
 
-# %% ../nbs/13_cli.ipynb #bb9675e2
+# %% ../nbs/13_cli.ipynb #f599dc34
 @_command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to make; what an earlier demo left there is replaced.")]=Path("binvision-demo"),

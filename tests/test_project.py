@@ -74,7 +74,7 @@ def test_workflows_pin_their_actions_and_ask_for_little(workflow):
 
 def test_data_work_and_inference_know_no_torch():
     "What must start fast or run without torch imports neither torch nor fastai, also indirectly."
-    light = ["core", "synthetic", "metadata", "fetch", "choose", "explore", "split", "inference", "cli"]
+    light = ["core", "synthetic", "metadata", "fetch", "choose", "explore", "split", "inference", "quantize", "bulk", "intake", "page", "serve", "cli"]
     code = "import sys, importlib; importlib.import_module(sys.argv[1]); print([m for m in ('torch', 'fastai', 'timm') if m in sys.modules])"
     for name in light:
         done = subprocess.run([sys.executable, "-c", code, f"binvision.{name}"], capture_output=True, text=True)

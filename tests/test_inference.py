@@ -1,0 +1,192 @@
+"""Backends, 8-bit networks, long runs and cold starts: what needs other processes, kills and broken files."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from binvision.cli import app
+from binvision.core import ModelError, UsageError
+from binvision.inference import load_model, predict, predict_stream, preprocess, softmax
+
+PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
+
+
+def run(*args, status=0):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit): raise result.exception
+    assert result.exit_code == status, f"{args}: {result.exit_code}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def both(home, model, data, manifest):
+    "A copy of the model folder with an int8 network, exported on the command line."
+    shutil.copytree(model, home / "both")
+    said = run("export", home / "both", "--int8", data, manifest, "--n", 24, "--max-loss", 1)
+    assert "fp32" in said.stdout and "int8" in said.stdout and "600 or more" in said.stderr
+    return home / "both"
+
+
+@pytest.fixture(scope="module")
+def many(home):
+    "Three hundred small pictures, three of them broken, and a CSV list of them."
+    folder, random = home / "many", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(300):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((72, 72)).save(folder / f"{i:03}.jpg")
+    for i in (5, 150, 299): (folder / f"{i:03}.jpg").write_bytes(b"broken")
+    pd.DataFrame({"id": range(300), "path": [f"many/{i:03}.jpg" for i in range(300)]}).to_csv(home / "many.csv", index=False)
+    return folder
+
+
+# Backends
+
+def test_export_leaves_the_fp32_network_as_it_was_and_says_what_int8_costs(both, model, manifest):
+    card, before = (json.loads((f / "card.json").read_text()) for f in (both, model))
+    assert (both / "model.onnx").read_bytes() == (model / "model.onnx").read_bytes()
+    assert (both / "model.int8.onnx").stat().st_size < 0.3 * (both / "model.onnx").stat().st_size
+    assert {k: v for k, v in card.items() if k not in ("int8", "files")} == {k: v for k, v in before.items() if k != "files"}
+    valid = pd.read_csv(manifest)["part"].eq("valid").sum()
+    assert card["int8"]["n"] == valid and {r["method"] for r in card["int8"]["tried"]} == {"minmax", "percentile", "entropy"}
+    assert sorted(p.name for p in both.iterdir()) == ["card.json", "model.int8.onnx", "model.onnx", "model.safetensors"]
+
+
+def test_the_figures_in_the_card_are_those_of_predict(both, data, manifest):
+    rows = pd.read_csv(manifest, dtype={"id": str})
+    rows = rows[rows.part == "valid"]
+    entry = json.loads((both / "card.json").read_text())["int8"]
+    for backend in ("fp32", "int8"):
+        said = np.array([p.count for p in predict(both, [data / f"bin-images/{i}.jpg" for i in rows.id], backend=backend)])
+        assert entry[backend]["accuracy"] == pytest.approx((said == rows["count"]).mean())
+        assert entry[backend]["mae"] == pytest.approx(np.abs(said - rows["count"]).mean())
+
+
+def test_a_second_export_replaces_the_first(both, data, manifest, tmp_path):
+    shutil.copytree(both, tmp_path / "m")
+    run("export", tmp_path / "m", "--int8", data, manifest, "--n", 8, "--max-loss", 1, "--seed", 5)
+    card = json.loads((tmp_path / "m/card.json").read_text())
+    assert card["int8"]["seed"] == 5 and load_model(tmp_path / "m").backend == "int8"
+
+
+def test_export_that_cannot_be_done(model, data, manifest, tmp_path):
+    run("export", model, data, manifest, status=2)
+    run("export", tmp_path, "--int8", data, manifest, status=2)
+
+
+def test_the_fastest_backend_unless_told(both, model, data):
+    picture = data / "bin-images/00001.jpg"
+    assert load_model(both).backend == "int8" and load_model(model).backend == "fp32" and load_model(both, "fp32").backend == "fp32"
+    a, b = (json.loads(run("predict", both, picture, "--json", "--backend", name).stdout)["probabilities"] for name in ("fp32", "int8"))
+    assert a != b and json.loads(run("predict", both, picture, "--json").stdout)["probabilities"] == b
+    assert "binvision export" in run("predict", model, picture, "--backend", "int8", status=2).stderr
+    assert "int4" in run("predict", model, picture, "--backend", "int4", status=2).stderr
+    with pytest.raises(ModelError, match="cuda"): load_model(both, "cuda")
+
+
+@pytest.mark.parametrize("backend", ["fp32", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_stream_gives_each_picture_its_own_answer(both, many, backend, threads):
+    model = load_model(both, backend, threads)
+    paths = sorted(many.iterdir())[:50]
+    streamed = list(predict_stream(model, iter(paths), batch_size=4))
+    assert [p.source for p in streamed] == list(map(str, paths)) and [bool(p.error) for p in streamed] == [i == 5 for i in range(50)]
+    for p in streamed[::7]:
+        expected = softmax(model.logits(preprocess(p.source, model.card)[None]))[0]
+        assert list(p.probabilities.values()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_stream_reads_only_a_little_ahead(both, many):
+    paths, read = sorted(many.iterdir()), []
+    stream = predict_stream(load_model(both, threads=2), (read.append(p) or p for p in paths), batch_size=4)
+    next(stream)
+    assert len(read) <= 5 * 4
+    stream.close()
+
+
+# Long runs
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_killed_run_goes_on(both, many, home, tmp_path, ending):
+    command = [*PROGRAM, "predict", str(both), str(home / "many.csv"), "--out", str(tmp_path / f"r.{ending}"), "--threads", "1"]
+    journal, kept = tmp_path / f"r.{ending}.journal", 0
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and len(journal.read_bytes().splitlines()) > 20):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / f"r.{ending}").exists()
+    process.stderr.close()
+    kept = journal.read_bytes().count(b"\n") - 1
+    assert 0 < kept < 300
+
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and f"300 pictures, {kept} of them by an earlier run, 3 without a count" in done.stdout, done.stderr
+    assert all(f"many/{i:03}.jpg: " in done.stderr for i in (5, 150, 299)) and "Traceback" not in done.stderr
+    table = pd.read_parquet(tmp_path / "r.parquet") if ending == "parquet" else pd.read_json(tmp_path / "r.jsonl", lines=True)
+    assert list(table.source) == [f"many/{i:03}.jpg" for i in range(300)] and table["count"].isna().sum() == 3
+    alone = [p.count for p in predict(load_model(both), [many / f"{i:03}.jpg" for i in range(300)])]
+    assert [None if np.isnan(c) else int(c) for c in table["count"]] == alone
+    assert [p.name for p in tmp_path.iterdir()] == [f"r.{ending}"]
+
+
+def test_ctrl_c_says_what_is_kept(both, many, home, tmp_path):
+    process = subprocess.Popen([*PROGRAM, "predict", str(both), str(many), "--out", str(tmp_path / "r.jsonl"), "--threads", "1", "--batch-size", "1"],
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "r.jsonl.journal").exists() and (tmp_path / "r.jsonl.journal").stat().st_size > 2000):
+        assert process.poll() is None and time.monotonic() < deadline
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "r.jsonl.journal" in stderr and "Traceback" not in stderr, stderr
+
+
+def test_a_journal_of_another_model_is_refused(both, many, tmp_path):
+    (tmp_path / "r.jsonl.journal").write_text('{"model": "another"}\n{"source": "x"}\n')
+    assert "another model" in run("predict", both, many, "--out", tmp_path / "r.jsonl", status=2).stderr
+    assert (tmp_path / "r.jsonl.journal").read_text().count("\n") == 2
+    run("predict", both, many, tmp_path, "--out", tmp_path / "s.jsonl", status=2)
+    run("predict", both, many, "--out", tmp_path / "s.xlsx", status=2)
+
+
+def test_a_disk_that_fills_up_keeps_the_journal(both, many, tmp_path):
+    import resource
+
+    done = subprocess.run([*PROGRAM, "predict", str(both), str(many), "--out", str(tmp_path / "r.jsonl")], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    run("predict", both, many, "--out", tmp_path / "r.jsonl", status=1)
+    assert (tmp_path / "r.jsonl").read_text().count("\n") == 300
+
+
+@pytest.mark.skipif("BINVISION_LONG" not in os.environ, reason="minutes; BINVISION_LONG=20000 runs it on so many pictures")
+def test_memory_does_not_grow_with_the_number_of_pictures(both, many, tmp_path):
+    peaks = []
+    for n in (2000, int(os.environ["BINVISION_LONG"])):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for i in range(n): os.link(many / f"{i % 5:03}.jpg", folder / f"{i:06}.jpg")
+        code = ("import resource, sys; from binvision.bulk import predict_to; predict_to(sys.argv[1], sys.argv[2], sys.argv[3]); "
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+        done = subprocess.run([sys.executable, "-c", code, both, folder, tmp_path / f"{n}.parquet"], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+        assert len(pd.read_parquet(tmp_path / f"{n}.parquet", columns=["count"])) == n
+    print(f"peak MB: {peaks}")
+    assert peaks[1] < peaks[0] + 60
+
+
+# Cold start
+
+def test_one_picture_needs_neither_torch_nor_fastai_nor_pandas(both, data):
+    code = ("import sys\nfrom binvision.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
+            "print([m for m in ('torch', 'fastai', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'pyarrow', 'onnx') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code, "predict", str(both), str(data / "bin-images/00001.jpg")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]" and len(done.stdout.splitlines()) == 3, done.stdout + done.stderr

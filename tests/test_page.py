@@ -1,0 +1,183 @@
+"""The service's page in a real browser: upload, answer, record, broken files, table, CSV, keyboard, token."""
+import csv
+import re
+import shutil
+
+import pytest
+
+from binvision.inference import load_model, predict
+from binvision.metadata import find_images
+from binvision.serve import Settings, make_app, running
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium or chrome is installed")
+TOKEN = "a-token-for-these-tests"
+
+
+@pytest.fixture(scope="module")
+def opened(model): return load_model(model)
+
+
+@pytest.fixture(scope="module")
+def url(opened):
+    with running(make_app(opened)) as url: yield url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=PROGRAM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    "A page in a browser of its own, and all that it said, loaded and complained of."
+
+    def __init__(self, browser, **how):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.errors, self.loaded = [], []
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" and "Failed to load resource" not in m.text else None)
+        self.page.on("request", lambda r: self.loaded.append(r.url))
+
+
+@pytest.fixture
+def visit(browser):
+    visits = []
+
+    def start(**how):
+        visits.append(Visit(browser, **how))
+        return visits[-1]
+
+    yield start
+    for v in visits:
+        v.context.close()
+        assert v.errors == []
+
+
+@pytest.fixture
+def photos(data): return list(find_images(data).values())[:6]
+
+
+def fits(page): return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def words(n): return f"{n} item{'' if n == 1 else 's'}"
+
+
+@pytest.mark.parametrize("how", [{}, {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"}], ids=["desktop", "phone"])
+def test_a_photo_gets_its_count_and_a_record_its_verdict(visit, url, opened, photos, how):
+    v = visit(**how)
+    v.page.goto(url)
+    assert v.page.locator("text=Take a photo").is_visible() == bool(how)
+    v.page.set_input_files("#files", photos[0])
+    said = predict(opened, photos[0])
+    sync_api.expect(v.page.locator("#words")).to_have_text(words(said.count))
+    bars = v.page.locator("#bars li")
+    assert bars.count() == 5 and bars.nth(said.count - 1).get_attribute("class").startswith("top")
+    assert bars.first.inner_text().split("\n")[-1] == f"{said.probabilities[1]:.0%}".replace("%", " %")
+    v.page.fill("#quantity", "40")
+    v.page.press("#quantity", "Enter")
+    sync_api.expect(v.page.locator("#agrees .badge")).to_contain_text("unsure")
+    sync_api.expect(v.page.locator("#status")).to_contain_text("cannot tell")
+    assert v.page.locator("#list").is_hidden() and fits(v.page)
+    assert all(u.startswith((url, "blob:", "data:")) for u in v.loaded)
+
+
+def test_a_broken_photo_says_what_is_wrong(visit, url, photos, tmp_path):
+    (tmp_path / "half.jpg").write_bytes(photos[0].read_bytes()[:900])
+    v = visit()
+    v.page.goto(url)
+    v.page.set_input_files("#files", tmp_path / "half.jpg")
+    sync_api.expect(v.page.locator("#problem")).to_have_text("the picture ends in the middle: send it again")
+    sync_api.expect(v.page.locator("#words")).to_have_text("No count")
+    sync_api.expect(v.page.locator("#status")).to_contain_text("half.jpg: the picture ends in the middle")
+
+
+def test_several_photos_become_a_table_that_sorts_and_downloads(visit, url, opened, photos, tmp_path):
+    (tmp_path / "notes.jpg").write_text("two books")
+    for name in ("=1+1.jpg", '<img src=x onerror="document.title=1">.jpg'): (tmp_path / name).write_bytes(photos[4].read_bytes())
+    v = visit()
+    v.page.goto(url)
+    v.page.set_input_files("#files", [*photos[:4], tmp_path / "notes.jpg", tmp_path / "=1+1.jpg", tmp_path / '<img src=x onerror="document.title=1">.jpg'])
+    sync_api.expect(v.page.locator("#summary")).to_have_text("7 of 7 photos · 1 could not be read")
+    row = v.page.locator("#rows tr").nth(0)
+    row.locator("input").fill("77")
+    row.locator("input").press("Tab")
+    sync_api.expect(row.locator(".badge")).to_have_text("? unsure")
+    v.page.locator("th[data-key=count] button").click()
+    v.page.locator("th[data-key=count] button").click()
+    assert v.page.locator("th[data-key=count]").get_attribute("aria-sort") == "descending"
+    shown = [int(t) for t in v.page.locator("td.count").all_inner_texts() if t.isdigit()]
+    assert shown == sorted(shown, reverse=True) and len(shown) == 6 and v.page.locator("td.count").last.inner_text() == "–"
+    with v.page.expect_download() as download: v.page.click("#csv")
+    assert download.value.suggested_filename == "binvision.csv"
+    rows = {r["name"]: r for r in csv.DictReader(download.value.path().read_text(encoding="utf-8-sig").splitlines())}
+    assert len(rows) == 7 and "'=1+1.jpg" in rows and rows["notes.jpg"]["error"].startswith("not a JPEG or PNG")
+    for photo in photos[:4]:
+        said, row = predict(opened, photo), rows[photo.name]
+        assert int(row["count"]) == said.count and abs(float(row["confidence"]) - said.confidence) < 1e-4
+        assert abs(float(row["p1"]) - said.probabilities[1]) < 1e-4
+    assert (rows[photos[0].name]["recorded"], rows[photos[0].name]["verdict"]) == ("77", "unsure")
+    assert v.page.title() == "Binvision" and fits(v.page)
+    v.page.click("#clear")
+    assert v.page.locator("#list").is_hidden() and v.page.locator("#detail").is_hidden()
+
+
+def test_the_keyboard_is_enough(visit, url, photos):
+    v = visit()
+    v.page.goto(url)
+    v.page.set_input_files("#files", photos[:2])
+    sync_api.expect(v.page.locator("#summary")).to_have_text("2 of 2 photos")
+    v.page.focus("#files")
+    reached = []
+    for _ in range(12):
+        v.page.keyboard.press("Tab")
+        reached.append(v.page.evaluate("(e => e.id || e.ariaLabel || e.textContent)(document.activeElement)"))
+    wanted = ["quantity", "csv", "clear", "Photo", "Count", "Confidence", "Recorded", "Agreement", photos[0].name, f"Recorded quantity of {photos[0].name}", photos[1].name]
+    assert [r for r in reached if r in wanted] == wanted
+    v.page.get_by_role("button", name=photos[1].name).focus()
+    v.page.keyboard.press("Enter")
+    assert v.page.locator("#title").inner_text() == photos[1].name
+    assert v.page.get_by_role("table", name="Counts of all photos").is_visible()
+
+
+def test_a_full_service_is_asked_again(visit, opened, photos):
+    app = make_app(opened)
+    with running(app) as url:
+        v = visit()
+        v.page.goto(url)
+        app.state.service.batcher.pending = app.state.service.settings.queue
+        v.page.set_input_files("#files", photos[0])
+        sync_api.expect(v.page.locator("#words")).to_have_text("Counting…")
+        v.page.wait_for_timeout(300)
+        app.state.service.batcher.pending = 0
+        sync_api.expect(v.page.locator("#words")).to_have_text(re.compile(r"\d items?"))
+
+
+def test_a_token_is_asked_for_and_kept_for_the_tab(visit, opened, photos):
+    with running(make_app(opened, Settings(token=TOKEN))) as url:
+        v = visit()
+        v.page.goto(url)
+        v.page.set_input_files("#files", photos[0])
+        for token, accepted in (("wrong", False), (TOKEN, True)):
+            sync_api.expect(v.page.locator("#access")).to_be_visible()
+            v.page.fill("#token", token)
+            v.page.press("#token", "Enter")
+            if accepted: sync_api.expect(v.page.locator("#words")).to_have_text(re.compile(r"\d items?"))
+        v.page.reload()
+        v.page.set_input_files("#files", photos[1])
+        sync_api.expect(v.page.locator("#words")).to_have_text(re.compile(r"\d items?"))
+        assert v.page.locator("#access").is_hidden()
+
+
+def test_the_documentation_renders_without_another_server(visit, url):
+    v = visit()
+    v.page.goto(f"{url}/docs")
+    sync_api.expect(v.page.locator(".opblock-summary").first).to_be_visible()
+    assert v.page.locator(".opblock-summary").count() >= 6 and all(u.startswith((url, "data:")) for u in v.loaded)
