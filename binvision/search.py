@@ -27,7 +27,7 @@ import tempfile
 import time
 import warnings
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -54,9 +54,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .core import BinvisionError, UsageError, atomic_folder, atomic_write, figure, rng, set_seed, sha256
-from .data import bin_dataloaders, manifest_images
-from .learner import (_defaults, _undecided, bin_learner, calibrate, fine_tune, mae, suggest_lr, train, versions,
-                               write_model)
+from .data import bin_dataloaders, manifest_images, usable_cores
+from .learner import _defaults, _undecided, bin_learner, calibrate, fine_tune, mae, suggest_lr, train, write_model
+from .recipes import count_loss, recipe_callbacks
+from .runs import versions
 
 # %% ../nbs/10_search.ipynb #53948ea3
 SPACE = {
@@ -68,6 +69,7 @@ SPACE = {
     "augment": {"low": 0, "high": 1.5},
     "size": [160, 192, 224],
     "arch": ["resnet18", "resnet34", "resnet50"],
+    "loss": ["cross_entropy", "soft", "ordinal"],
 }
 FROZEN_SPACE = {
     "lr": {"low": 3e-4, "high": 3e-2, "log": True},
@@ -77,7 +79,7 @@ FROZEN_SPACE = {
     "mirror": [True, False],
 }
 _HEAD = {"lr": float, "batch_size": int, "weight_decay": float, "dropout": float, "mirror": bool} # what a head has
-_NEVER = {"data", "manifest", "out", "weights", "mean", "std", "workers", "device", "cache", "seed", "overwrite", "resume", "cbs"} # no choices
+_NEVER = {"data", "manifest", "out", "weights", "mean", "std", "workers", "device", "cache", "seed", "overwrite", "resume", "compile", "cbs"} # no choices
 
 
 def searchable(
@@ -181,7 +183,6 @@ def suggest(
     return config
 
 # %% ../nbs/10_search.ipynb #580b1179
-_RETRY = RetryHeartbeatStaleTrialCallback(max_retry=2) # three lives: a trial that kills its process thrice has failed
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
@@ -202,6 +203,15 @@ def _hidden(url):
     except sqlalchemy.exc.ArgumentError: return "storage"
 
 
+def _connect(parts, heartbeat):
+    "Optuna's storage at a parsed URL."
+    local = parts.get_backend_name() == "sqlite"
+    wait = {"timeout": 60} if local else {"connect_timeout": 10}
+    with _quiet():
+        return RDBStorage(parts.render_as_string(hide_password=False), {"connect_args": wait, "pool_pre_ping": not local}, heartbeat_interval=heartbeat,
+                          grace_period=3 * heartbeat, heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2))  # the third death is a failure
+
+
 def open_storage(
     url:str, # such as `sqlite:///study.db` or `postgresql://user@host/name`
     heartbeat:int=20, # seconds between two signs of life of a trial
@@ -210,12 +220,12 @@ def open_storage(
     try:
         parts = sqlalchemy.engine.make_url(url)
         parts = parts.set(drivername=_DRIVERS.get(parts.drivername, parts.drivername))
-        local = parts.get_backend_name() == "sqlite"
-        wait = {"timeout": 60} if local else {"connect_timeout": 10}
-        if local and parts.database: Path(parts.database).parent.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            return RDBStorage(parts.render_as_string(hide_password=False), {"connect_args": wait, "pool_pre_ping": not local},
-                              heartbeat_interval=heartbeat, grace_period=3 * heartbeat, heartbeat_stale_trial_callback=_RETRY)
+        if parts.get_backend_name() == "sqlite" and parts.database: Path(parts.database).parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(6):
+            try: return _connect(parts, heartbeat)
+            except sqlalchemy.exc.DBAPIError as e:  # two processes that open an empty database both make its tables
+                if attempt == 5 or not any(word in str(e.orig) for word in ("already exists", "duplicate", "Duplicate", "UNIQUE")): raise
+                time.sleep(.2)
     except ImportError as e:
         raise UsageError(f"{_hidden(url)}: no driver for this kind of database", 'pip install "psycopg[binary]" for PostgreSQL, pymysql for MySQL') from e
     except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError) as e:
@@ -323,9 +333,6 @@ class Job:
     heartbeat:int # seconds
     features:str|None = None # where the cached features are
 
-    @property
-    def fixed(self): return {name for name, e in self.space.items() if not isinstance(e, dict)}
-
 
 def _take(function, config):
     "Those of the settings that `function` has a parameter for."
@@ -349,7 +356,7 @@ def _fit_trial(trial, study, job, folder):
     report = ReportEpoch(trial, job.metric, config["epochs"] + config.get("frozen_epochs", 0))
     with learn.no_bar(), learn.no_logging():
         if job.frozen: learn.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepHead(), report])
-        else: fine_tune(learn, history=folder/"history.csv", **_take(fine_tune, config | {"cbs": [report]}))
+        else: fine_tune(learn, history=folder/"history.csv", **_take(fine_tune, config | {"cbs": [*recipe_callbacks(**_take(recipe_callbacks, config)), report]}))
     trial.set_user_attr("kept", report.kept)
     return report.kept[job.metric]
 
@@ -381,7 +388,7 @@ def _objective(study, storage, job, worker, numbers):
         finally:
             with contextlib.suppress(UpdateFinishedTrialError): trial.set_user_attr("seconds", round(time.perf_counter() - start, 1))
             shutil.rmtree(folder/"checkpoints", ignore_errors=True)
-            gc.collect()
+            if not job.frozen: gc.collect()  # a learner and its callbacks hold each other, and with them the memory of a GPU
             if torch.cuda.is_available(): torch.cuda.empty_cache()
     return objective
 
@@ -429,7 +436,7 @@ def _work(job, worker):
 
 def _process(job, n):
     "The main function of a worker process."
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
+    torch.set_num_threads(max(1, usable_cores() // job.workers))
     if torch.cuda.is_available() and job.options["device"] is None: job.options["device"] = f"cuda:{n % torch.cuda.device_count()}"
     os.environ["TQDM_DISABLE"] = "1"
     try: _work(job, f"{n}" if job.storage.startswith("sqlite") else f"{platform.node()}-{os.getpid()}")
@@ -444,7 +451,13 @@ def _run_workers(job):
     if job.workers == 1: return _work(job, "0")
     start = multiprocessing.get_context("spawn")
     processes = [start.Process(target=_process, args=(job, n), name=f"worker {n}") for n in range(job.workers)]
-    for p in processes: p.start()
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore:`torch.jit.script`:FutureWarning" + (f",{before}" if before else "")  # fastai's, on import
+    try:
+        for p in processes: p.start()
+    finally:
+        if before is None: del os.environ["PYTHONWARNINGS"]
+        else: os.environ["PYTHONWARNINGS"] = before
     try:
         for p in processes: p.join()
     except KeyboardInterrupt:
@@ -572,16 +585,16 @@ def _middle(space):
     return {name: value(e) for name, e in space.items() if not (isinstance(e, dict) and "around" in e)}
 
 
-def _archs(job):
-    "The architectures that may be drawn."
-    e = job.space.get("arch", job.options["arch"])
+def _choices(job, name):
+    "The values that may be drawn of a choice."
+    e = job.space.get(name, job.options.get(name))
     return e["choices"] if isinstance(e, dict) else [e]
 
 
 def _find_rates(study, job):
     "lr_find's suggestion for every architecture, once a study."
     if "around" not in (job.space["lr"] if isinstance(job.space.get("lr"), dict) else ()): return
-    for arch in _archs(job):
+    for arch in _choices(job, "arch"):
         known = study.user_attrs.get("lr_find", {})
         if arch in known: continue
         config = job.options | _middle(job.space) | {"arch": arch}
@@ -596,7 +609,7 @@ def _find_rates(study, job):
 
 def _options(given, frozen):
     "All parameters of training: as given, or as `train` has them."
-    known = {name: p.default for name, p in inspect.signature(train).parameters.items() if name not in ("data", "manifest", "out", "overwrite", "resume", "cbs", "workers")}
+    known = {name: p.default for name, p in inspect.signature(train).parameters.items() if name not in ("data", "manifest", "out", "overwrite", "resume", "compile", "cbs", "workers")}
     heads = {"lr": 3e-3, "batch_size": 64, "weight_decay": .01, "dropout": .5, "mirror": True, "epochs": 10}
     if frozen: known = {k: known[k] for k in ("arch", "weights", "size", "resize", "mean", "std", "seed", "device")} | heads
     for name in given:
@@ -620,7 +633,7 @@ def _same(study, job, manifest_sha):
         raise UsageError(f"{job.out}: its study is about something else (different: {', '.join(other)})", "choose another out (and with a storage another study)")
 
 # %% ../nbs/10_search.ipynb #6d0cb25d
-_OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "model",
+_OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
 
@@ -637,9 +650,12 @@ def _checked(job):
         if value not in known: raise UsageError(f"{name} {value!r}: not known", f"one of {', '.join(known)}")
     for name in ("trials", "workers", "heartbeat"):
         if getattr(job, name) < 1: raise UsageError(f"{name} {getattr(job, name)}: too few", "pass 1 or more")
-    for arch in _archs(job):
+    for arch in _choices(job, "arch"):
         if not (arch in torchvision.models.list_models(module=torchvision.models) or timm.is_model(arch)):
             raise UsageError(f"arch {arch!r}: neither torchvision nor timm knows it", "torchvision.models.list_models() and timm.list_models() give the names")
+    losses = [] if job.frozen else _choices(job, "loss")
+    for loss in losses: count_loss(loss, 2)
+    if job.metric == "valid_loss" and len(losses) > 1: raise UsageError("metric valid_loss: different losses cannot be compared", "search for accuracy or mae, or fix the loss")
     if job.frozen and job.options["weights"] is None:
         raise UsageError("a frozen search without weights: random features teach nothing", "pass weights")
     parts = manifest_images(job.data, job.manifest).part.value_counts()
@@ -668,8 +684,8 @@ def search(
     "Search what trains best; started again, it goes on to `trials` in all."
     out = Path(out)
     space = {name: e for name, e in read_space(space, frozen).items() if name not in options}
-    job = Job(str(data), str(manifest), str(out), storage or f"sqlite:///{out}/study.db", study or out.resolve().name, trials, space, _options(options | {"seed": seed}, frozen),
-              metric, pruner, frozen, seed, workers, max(0, min(8, (os.cpu_count() or 1) // workers)) if loaders is None else loaders, heartbeat)
+    job = Job(str(data), str(manifest), str(out), storage or f"sqlite:///{out}/study.db", study or out.resolve().name, trials, space, _options(({} if frozen else {"cache": str(out/"cache")}) | options | {"seed": seed}, frozen),
+              metric, pruner, frozen, seed, workers, min(8, usable_cores() // workers) if loaders is None else loaders, heartbeat)
     _checked(job)
     with _quiet(): database, found = _study(job)
     _same(found, job, sha256(manifest))
@@ -732,7 +748,7 @@ def read_best(
         raise UsageError(f"{folder}: holds no best.json", "pass the run folder of a search that was done: binvision search") from e
     config = note["config"]
     if note["frozen"]: config = {k: v for k, v in config.items() if k != "epochs"} | {"frozen_epochs": config["epochs"]}
-    return {k: v for k, v in config.items() if k in inspect.signature(train).parameters and k != "device"}
+    return {k: v for k, v in config.items() if k in inspect.signature(train).parameters and k not in ("device", "cache")}
 
 # %% ../nbs/10_search.ipynb #48f582ff
 def _feature_key(config, rows):
@@ -772,7 +788,7 @@ def cache_features(
     config = {"arch": arch, "weights": weights, "size": size, "resize": resize, "mean": mean, "std": std}
     kept = Path(folder)/_feature_key(config, rows)
     if kept.is_dir(): return kept
-    dls = bin_dataloaders(data, manifest, size, 64, resize, mean, std, 0, workers, device)
+    dls = bin_dataloaders(data, manifest, size, 64, resize, mean, std, 0, workers, device, cache=False)
     learn = bin_learner(dls, arch, weights)
     net, _ = _feature_net(learn.model)
     net.to(dls.device, memory_format=torch.channels_last)

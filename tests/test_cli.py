@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from binvision import __version__
 from binvision.cli import app
 
-COMMANDS = ["synthesize", "catalogue", "explore", "split", "train", "evaluate", "predict", "demo"]
+COMMANDS = ["synthesize", "catalogue", "explore", "split", "train", "evaluate", "predict", "search", "demo"]
 PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
 TINY = ["--arch", "resnet18", "--weights", "none", "--size", "64", "--batch-size", "8", "--frozen-epochs", "0", "--lr", "0.001"]
 
