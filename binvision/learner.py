@@ -28,9 +28,8 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.schedule import valley  # and adds Learner.lr_find and fit_one_cycle
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import params, rank_distrib
+from fastai.torch_core import distrib_barrier, get_model, num_distrib, params, rank_distrib
 from fastai.vision.learner import add_head, create_timm_model, num_features_model
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -41,7 +40,9 @@ from torch import nn
 from .core import ModelError, UsageError, atomic_write, figure, set_seed
 from .data import IMAGENET, bin_dataloaders
 from .inference import check_file, predict, read_card, save_model, softmax
-from .runs import Checkpoint, KeepBest, Patience, RunLog, TensorBoardLog, environment, read_checkpoint, restore, versions
+from .recipes import count_loss, recipe_callbacks
+from .runs import (Checkpoint, KeepBest, Patience, RunLog, TensorBoardLog, alone, environment, from_first, join_processes,
+                            many_processes, read_checkpoint, restore, versions)
 from .split import read_manifest
 
 # %% ../nbs/08_learner.ipynb #6db2973d
@@ -149,11 +150,12 @@ def bin_learner(
     arch:str="resnet50", # a torchvision or timm architecture
     weights:str|os.PathLike|None="imagenet", # `"imagenet"`, a weights file, or `None` for random ones
     path:str|os.PathLike=".", # where fastai keeps files of this learner
+    loss:str="cross_entropy", # or `"soft"` or `"ordinal"`: see `binvision.recipes`
     **kwargs, # handed to `fastai.learner.Learner`
 )->Learner: # frozen up to the head where weights are pretrained
     "A fastai `Learner` that counts items."
     model = build_model(arch, len(dls.vocab), weights)
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), splitter=_groups, path=path, model_dir="checkpoints",
+    learn = Learner(dls, model, loss_func=count_loss(loss, len(dls.vocab)), splitter=_groups, path=path, model_dir="checkpoints",
                     metrics=[accuracy, mae(list(dls.vocab))], cbs=[ChannelsLast()], **kwargs)
     learn.arch, learn.weights = arch, weights
     if torch.device(dls.device).type == "cuda":
@@ -195,6 +197,11 @@ def suggest_lr(
     return lr, fig
 
 # %% ../nbs/08_learner.ipynb #ded7a6b2
+def _say(text):
+    "A line on stdout, at once; of several processes only the first says it."
+    if not rank_distrib(): print(text, flush=True)
+
+
 def _phases(learn, lr, epochs, frozen_epochs, depth):
     "Name, first trained group of layers, epochs and learning rates of each phase."
     pretrained, n = learn.weights is not None, len(learn.splitter(learn.model))
@@ -206,7 +213,7 @@ def _go_on(learn, log, best, checkpoint, names):
     "Put a checkpoint back: the number of its phase, the next epoch in that, and the callback that has to be there."
     tensors, state = read_checkpoint(checkpoint)
     goes_on = restore(learn, log, best, tensors, state)
-    if not rank_distrib(): print(f"going on after epoch {len(log.rows)}", flush=True)
+    _say(f"going on after epoch {len(log.rows)}")
     return names.index(state["phase"]), state["epoch"] + 1, [goes_on]
 
 
@@ -227,7 +234,7 @@ def fine_tune(
     log, best, loss = RunLog(history), KeepBest(), learn.loss_func
     stop, phases = Patience(patience, log), list(_phases(learn, lr, epochs, frozen_epochs, depth))
     usual = [log, best, stop, *(cbs or []), *([Checkpoint(checkpoint, log, best)] if checkpoint else []),
-             *([TensorBoardLog(tensorboard, log)] if tensorboard else [])]
+             *([TensorBoardLog(tensorboard, log)] if tensorboard else []), *([many_processes(learn.dls.device)] if num_distrib() > 1 else [])]
     at, start, goes_on = _go_on(learn, log, best, checkpoint, [p[0] for p in phases]) if resume else (0, 0, [])
     try:
         with learn.no_bar(), learn.no_logging():
@@ -238,6 +245,7 @@ def fine_tune(
                     learn.freeze_to(first_group)
                     learn.fit_one_cycle(n_epochs, rates, cbs=usual + goes_on, start_epoch=first)
     except KeyboardInterrupt:
+        learn.model = get_model(learn.model)
         best.put_back(learn)
         raise
     finally: learn.loss_func = loss  # some callbacks exchange it while they train
@@ -344,7 +352,7 @@ def load_torch(
 
 # %% ../nbs/08_learner.ipynb #266b1a2f
 _RUN = {"config.json", "environment.json", "lr_find.png", "history.csv", "curves.png", "checkpoints", "tensorboard", "model"} # what a run folder holds
-_FREE = {"data", "manifest", "workers", "device", "hardware", "interrupted", "versions"} # may be other when a run goes on
+_FREE = {"data", "manifest", "workers", "device", "cache", "compile", "hardware", "interrupted", "versions"} # may be other when a run goes on
 
 
 def _changed(old, new):
@@ -375,6 +383,7 @@ def _found_run(out, config, overwrite, resume):
 
 def _clear_run(out):
     "An empty run folder: only a run's own files are ever removed."
+    if rank_distrib(): return
     for path in [out/name for name in _RUN if (out/name).exists()]: shutil.rmtree(path) if path.is_dir() else path.unlink()
     with atomic_write(out/"config.json") as file: file.write(b"{}")
 
@@ -386,6 +395,9 @@ def _hardware(device):
     return f"{torch.device(device).type}, {torch.get_num_threads()} threads, fp32"
 
 
+def _processes(): return f" in {num_distrib()} processes" if num_distrib() > 1 else ""
+
+
 def _defaults(arch, mean, std):
     "The mean and standard deviation to normalise with: as given, or what the architecture's ImageNet weights expect."
     timm_only = timm.is_model(arch) and not hasattr(torchvision.models, arch)
@@ -395,25 +407,28 @@ def _defaults(arch, mean, std):
 
 # %% ../nbs/08_learner.ipynb #2a5f45c9
 def _search_lr(learn, out):
-    "The suggested learning rate; its picture goes into the run folder."
-    lr, fig = suggest_lr(learn)
+    "The suggested learning rate; its picture goes into the run folder. The first of several processes searches."
+    if rank_distrib(): return from_first(None)
+    with alone(): lr, fig = suggest_lr(learn)
     with atomic_write(out/"lr_find.png") as file: fig.savefig(file, dpi=110)
-    print(f"lr_find suggests {lr:.2g}", flush=True)
-    return lr
+    _say(f"lr_find suggests {lr:.2g}")
+    return from_first(lr)
 
 
 def _write_json(path, content):
+    if rank_distrib(): return
     with atomic_write(path, "w") as file: json.dump(content, file, indent=2)
 
 
 def _finish(learn, out, config):
-    "Calibrate, write the model folder and the curves of a run."
-    temperature, metrics = calibrate(learn)
+    "Calibrate, write the model folder and the curves of a run. The first of several processes does it."
+    if rank_distrib(): return
+    with alone(): temperature, metrics = calibrate(learn)
     if (out/"history.csv").exists():
         with atomic_write(out/"curves.png") as file: plot_history(out/"history.csv").savefig(file, dpi=110)
     write_model(learn, out/"model", temperature=temperature, manifest_sha256=config["manifest_sha256"], training=config,
                 metrics={"valid": metrics})
-    print(f"validation: accuracy={metrics['accuracy']:.4f} mae={metrics['mae']:.3f} n={metrics['n']} temperature={temperature:.2f}\nmodel: {out/'model'}", flush=True)
+    _say(f"validation: accuracy={metrics['accuracy']:.4f} mae={metrics['mae']:.3f} n={metrics['n']} temperature={temperature:.2f}\nmodel: {out/'model'}")
 
 
 def _fit(learn, out, config, resume, cbs):
@@ -424,7 +439,7 @@ def _fit(learn, out, config, resume, cbs):
                           cbs, out/"checkpoints/last.safetensors", resume, out/"tensorboard")
     except KeyboardInterrupt:
         if not (out/"history.csv").exists(): raise
-        print(f"\ninterrupted: writing the best epoch so far to {out/'model'} (press Ctrl-C again to stop at once)", flush=True)
+        _say(f"\ninterrupted: writing the best epoch so far to {out/'model'} (press Ctrl-C again to stop at once)")
         _finish(learn, out, config | {"interrupted": True})
         raise KeyboardInterrupt(f"the best epoch so far is in {out/'model'}; go on with --resume") from None
     if rows and not np.isfinite(rows[-1]["train_loss"]):
@@ -440,7 +455,7 @@ def train(
     weights:str|os.PathLike|None="imagenet", # `"imagenet"` (downloaded once), a .safetensors or .pth file, or `None`
     size:int=224, # side of the square input, pixels
     resize:str="squash", # `"squash"` or `"pad"`
-    batch_size:int=32, # pictures a step
+    batch_size:int=32, # pictures a step, in each process
     lr:float|None=None, # learning rate; `None` takes the suggestion of lr_find
     epochs:int=8, # epochs with all layers
     frozen_epochs:int=1, # epochs with the head alone, before
@@ -455,6 +470,13 @@ def train(
     resume:bool=False, # go on after the last whole epoch of a run that was killed; begin if there is none
     weight_decay:float|None=None, # of the optimizer; `None` for fastai's 0.01
     depth:int=3, # groups of layers trained after the frozen epochs: 1 the head, 2 and the late body, 3 all
+    loss:str="cross_entropy", # or `"soft"` or `"ordinal"`: see `binvision.recipes` for this and the next three
+    mixup:float=0., # MixUp's alpha; 0 is none
+    ema:float=0., # decay of averaged weights; 0 is none
+    progressive:bool=False, # smaller pictures in the first epochs
+    balanced:bool=False, # draw each count equally often
+    cache:str|os.PathLike|bool|None=None, # a folder for decoded pictures; `None` for memory, if they fit; `False` decodes in every epoch
+    compile:bool=False, # `torch.compile` the network, on CUDA alone
     cbs:list|None=None, # further fastai callbacks
 )->Path: # the run folder
     "Train a model for counting, and write a run folder with the model in `out/model`."
@@ -463,15 +485,26 @@ def train(
     out, config["manifest_sha256"] = Path(out), read_manifest(manifest).attrs["sha256"]
     old = _found_run(out, config, overwrite, resume)
     if old == "finished":
-        print(f"{out}: is finished; its model is {out/'model'}", flush=True)
+        _say(f"{out}: is finished; its model is {out/'model'}")
         return out
+    join_processes(device)
     set_seed(seed)
-    dls = bin_dataloaders(data, manifest, size, batch_size, resize, config["mean"], config["std"], augment, workers, device)
-    learn = bin_learner(dls, arch, None if old else weights, path=out, wd=weight_decay)
-    learn.weights = weights
+    dls = bin_dataloaders(data, manifest, size, batch_size, resize, config["mean"], config["std"], augment, workers, device, cache, balanced)
+    learn = bin_learner(dls, arch, None if old else weights, out, loss, wd=weight_decay)
+    learn.weights, recipe = weights, recipe_callbacks(mixup, ema, progressive)
+    distrib_barrier()  # no process looks for a run any more
     if old is None: _clear_run(out)
     config |= {"hardware": _hardware(dls.device), "lr": old["lr"] if old else lr}
-    print(f"{arch} on {config['hardware']}; {len(dls.train_ds):,} bins to train, {len(dls.valid_ds):,} to validate", flush=True)
+    _say(f"{arch} on {config['hardware']}{_processes()}; {len(dls.train_ds):,} bins to train, {len(dls.valid_ds):,} to validate, {dls.pictures}")
     if config["lr"] is None: config["lr"] = _search_lr(learn, out)
-    _fit(learn, out, config, bool(old), cbs)
+    if compile: _compile(learn)
+    if rank_distrib(): torch.manual_seed(seed + rank_distrib())  # each process augments in its own way
+    _fit(learn, out, config, bool(old), [*recipe, *(cbs or [])])
+    distrib_barrier()  # the model is there when any process goes on
     return out
+
+
+def _compile(learn):
+    "Let torch compile the network while it trains, where that is known to pay; the weights and their names stay."
+    if torch.device(learn.dls.device).type == "cuda": learn.model.compile()
+    else: _say("compile: left out, it is for CUDA alone")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METRIC_DEFINITIONS', 'PACKAGES', 'metric_line', 'skipped', 'RunLog', 'TensorBoardLog', 'KeepBest', 'since_best',
            'Patience', 'random_state', 'set_random_state', 'save_checkpoint', 'read_checkpoint', 'part_of',
-           'Checkpoint', 'GoOn', 'restore', 'versions', 'environment', 'usable_cores']
+           'Checkpoint', 'GoOn', 'restore', 'many_processes', 'join_processes', 'from_first', 'alone', 'versions',
+           'environment']
 
 # %% ../nbs/07b_runs.ipynb #0ebe2c07
 import csv
@@ -15,6 +16,7 @@ import platform
 import random
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from .core import DataError, atomic_write
+from .data import usable_cores
 
 # %% ../nbs/07b_runs.ipynb #f3c7af23
 def metric_line(
@@ -171,7 +174,12 @@ def random_state(
         from accelerate.utils import gather_object
         mine = gather_object([mine])
     else: mine = [mine]
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "loaders": [dl.rng.getstate() for dl in loaders]}, mine
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "loaders": [_own(dl).rng.getstate() for dl in loaders]}, mine
+
+
+def _own(dl):
+    "A loader of this process, of one that shares batches out."
+    return getattr(dl, "dl", dl)
 
 
 def set_random_state(state:dict, generators:list, loaders=()):
@@ -179,7 +187,7 @@ def set_random_state(state:dict, generators:list, loaders=()):
     tuples = lambda s: (s[0], tuple(s[1]), s[2])
     random.setstate(tuples(state["python"]))
     np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
-    for dl, s in zip(loaders, state["loaders"]): dl.rng.setstate(tuples(s))
+    for dl, s in zip(loaders, state["loaders"]): _own(dl).rng.setstate(tuples(s))
     if rank_distrib() >= len(generators): return torch.manual_seed(torch.initial_seed() + len(state["loaders"]) + rank_distrib())
     mine = generators[rank_distrib()]
     torch.set_rng_state(mine[0])
@@ -271,7 +279,7 @@ class GoOn(Callback):
             if "ema_steps" in self.state: self.ema.load(part_of(self.tensors, "ema"), self.state["ema_steps"])
         states = part_of(self.tensors, "random")
         ranks = [[s for name, s in sorted(states.items()) if name.split(".")[0] == str(rank)] for rank in range(1 + max(int(k.split(".")[0]) for k in states))]
-        set_random_state(self.state["random"], ranks, [getattr(dl, "dl", dl) for dl in self.dls.loaders])
+        set_random_state(self.state["random"], ranks, self.dls.loaders)
 
 
 def restore(
@@ -289,6 +297,48 @@ def restore(
     return GoOn(tensors, state)
 
 # %% ../nbs/07b_runs.ipynb #a92fc42b
+def many_processes(
+    device, # the torch device of this process
+)->Callback: # for a fit that all processes take part in
+    "fastai's `DistributedTrainer`, on processors too."
+    from accelerate.utils import broadcast_object_list
+    from fastai.distributed import DistributedDL, DistributedTrainer
+
+    class SharedOrder(DistributedDL):
+        def _broadcast(self, idxs, rank): return broadcast_object_list([list(idxs)], rank)[0]
+
+    class ManyProcesses(DistributedTrainer):
+        def _wrap_dl(self, dl): return dl if isinstance(dl, DistributedDL) else SharedOrder(dl, device=self.learn.model.device)
+
+    cuda = torch.device(device).type == "cuda"
+    return ManyProcesses(sync_bn=cuda, cpu=not cuda)
+
+
+def join_processes(
+    device=None, # what was asked for: `None`, or such as `"cpu"`
+):
+    "Where this process is one of several, make it known to the others, and take its own GPU."
+    if num_distrib() < 2: return
+    from accelerate import PartialState
+    PartialState(cpu=not torch.cuda.is_available() or str(device) == "cpu")
+
+
+def from_first(value):
+    "The first process's value, in all of them."
+    if num_distrib() < 2: return value
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([value], 0)[0]
+
+
+@contextmanager
+def alone():
+    "What one process does by itself: fastai takes it for the only one."
+    processes = os.environ.pop("WORLD_SIZE", None)
+    try: yield
+    finally:
+        if processes is not None: os.environ["WORLD_SIZE"] = processes
+
+# %% ../nbs/07b_runs.ipynb #b154bc04
 PACKAGES = ("binvision", "torch", "torchvision", "timm", "fastai", "fastcore", "Pillow")
 
 
@@ -306,9 +356,3 @@ def environment(
             "system": platform.platform(), "cores": usable_cores(), "torch_threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if cuda else str(device), "cuda": torch.version.cuda if cuda else None,
             "processes": max(1, num_distrib()), "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv[1:]}
-
-
-def usable_cores()->int:
-    "Cores that this process may use, shared out among the processes of one training on this machine."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

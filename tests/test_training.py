@@ -121,7 +121,7 @@ def test_going_on_asks_for_the_same_run(tmp_path, data, manifest):
 
 
 def test_ctrl_c_keeps_the_best_epoch_not_the_last(tmp_path, data, manifest):
-    "The network in the model folder is that of the epoch with the lowest validation loss; the run can go on from there."
+    "The network in the model folder is that of the epoch with the lowest validation loss; the run can still go on."
     from fastai.callback.core import Callback
 
     class Interrupt(Callback):
@@ -133,7 +133,90 @@ def test_ctrl_c_keeps_the_best_epoch_not_the_last(tmp_path, data, manifest):
     history = pd.read_csv(tmp_path / "run/history.csv")
     card = json.loads((tmp_path / "run/model/card.json").read_text())
     assert card["training"]["interrupted"] and len(history) == 3
+    with pytest.raises(UsageError, match="(?s)an unfinished run.*--resume"): train(data, manifest, tmp_path / "run", **options)
     assert card["metrics"]["valid"]["accuracy"] == pytest.approx(history.accuracy[history.valid_loss.idxmin()], abs=1e-6)
-    train(data, manifest, tmp_path / "run", **options, resume=True)
-    assert len(pd.read_csv(tmp_path / "run/history.csv")) == 5
-    assert "interrupted" not in json.loads((tmp_path / "run/model/card.json").read_text())["training"]
+
+
+def test_a_training_with_every_recipe_goes_on_too(tmp_path, data, manifest, weights):
+    "Averaged weights, blended and growing pictures, a balanced order, pictures from a cache: all of their state is in the checkpoint."
+    from fastai.callback.core import Callback
+
+    from binvision.core import set_seed
+    from binvision.data import bin_dataloaders
+    from binvision.learner import bin_learner, fine_tune
+    from binvision.recipes import recipe_callbacks
+
+    class Die(Callback):
+        def before_batch(self):
+            if self.training and (self.epoch, self.iter) == (1, 3): raise RuntimeError("here")
+
+    def run(name, seed=0, resume=False, cbs=()):
+        set_seed(seed)
+        dls = bin_dataloaders(data, manifest, 64, 4, device="cpu", cache=tmp_path / "cache", balanced=True)
+        learn = bin_learner(dls, "test_resnet", weights, tmp_path, "ordinal")
+        fine_tune(learn, 5e-3, 2, 1, history=tmp_path / name / "history.csv", checkpoint=tmp_path / name / "last.safetensors", resume=resume,
+                  cbs=[*recipe_callbacks(mixup=.1, ema=.9, progressive=True), *cbs])
+        return load_file(tmp_path / name / "last.safetensors")
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError): run("broken", cbs=[Die()])
+    again = run("broken", seed=99, resume=True)
+    assert {name.split(".")[0] for name in whole} == {"model", "opt", "best", "ema", "random"}
+    for name in whole: np.testing.assert_allclose(whole[name], again[name], rtol=0, atol=1e-6, err_msg=name)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
+RANK = '''
+import json, os, sys
+from pathlib import Path
+
+home, written, order, metrics = Path(sys.argv[1]), [], [], []
+real = os.replace
+os.replace = lambda *names: (written.append(str(names[1])), real(*names))
+
+from fastai.callback.core import Callback
+from binvision.data import BinLoader
+from binvision.learner import train
+
+class Note(Callback):
+    order = 90
+    def before_fit(self): order.clear()
+    def after_epoch(self): metrics.append([float(x) for x in self.recorder.values[-1]])
+
+def create_batches(self, samps):
+    samps = list(samps)
+    order.append([int(i) for i in samps])
+    return batches(self, samps)
+
+batches, BinLoader.create_batches = BinLoader.create_batches, create_batches
+train(*json.loads(sys.argv[2]), home / "run", **json.loads(sys.argv[3]), cbs=[Note()])
+assert (home / "run/model/card.json").exists()
+(home / f"{os.environ['RANK']}.json").write_text(json.dumps({"metrics": metrics, "order": order, "written": written}))
+'''
+
+
+def test_two_processes_train_one_model(tmp_path, data, manifest):
+    "Both know the same metrics and share one order, that of a single process; one alone writes the run folder."
+    from binvision.core import set_seed
+    from binvision.data import bin_dataloaders
+
+    options = dict(arch="test_resnet", weights=None, size=32, batch_size=4, epochs=2, seed=3, device="cpu")
+    (tmp_path / "rank.py").write_text(RANK)
+    several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run([sys.executable, *several, str(tmp_path / "rank.py"), str(tmp_path), json.dumps([str(data), str(manifest)]),
+                           json.dumps(options)], capture_output=True, text=True, env=ALONE, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch=1 ") == 1 and done.stdout.count("lr_find suggests") == 1 and "in 2 processes" in done.stdout
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["metrics"] == second["metrics"] and len(first["metrics"]) == 2
+    assert second["written"] == [] and any(name.endswith("last.safetensors") for name in first["written"])
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    assert np.allclose(history[["train_loss", "valid_loss", "accuracy", "mae"]], first["metrics"])
+    set_seed(3)
+    train_dl = bin_dataloaders(data, manifest, 32, 4, device="cpu").train
+    train_dl.randomize()
+    alone = train_dl.get_idxs()
+    assert (first["order"][0] + second["order"][0])[:len(alone)] == alone  # more would be padding
+    from binvision.inference import predict
+    assert not predict(tmp_path / "run/model", data / "bin-images").failed
