@@ -262,7 +262,7 @@ def plot_history(
     left, right = fig.subplots(1, 2) if axes is None else axes
     left.plot(rows.epoch, rows.train_loss, color="grey", label="train")
     left.plot(rows.epoch, rows.valid_loss, color="#2a6f97", marker=".", label="validation")
-    left.set(title="Loss", xlabel="epoch", ylabel="cross-entropy, nats")
+    left.set(title="Loss", xlabel="epoch", ylabel="loss, nats")
     right.plot(rows.epoch, rows.accuracy, color="#2a6f97", marker=".", label="accuracy")
     right.plot(rows.epoch, rows.mae, color="#e07a3f", marker=".", label="mean absolute error, items")
     right.set(title="On the validation part", xlabel="epoch", ylim=(0, None))
