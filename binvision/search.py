@@ -620,10 +620,15 @@ def _options(given, frozen):
     return known | given | {name: _value(kind, given[name], name) for name, kind in kinds.items()}
 
 
+def _weights(weights):
+    "What weights are, wherever their file lies on this machine."
+    return weights if weights in (None, "imagenet") else sha256(weights)
+
+
 def _same(study, job, manifest_sha):
     "Note what the study is about; refuse to go on with another's."
     about = {"space": job.space, "metric": job.metric, "frozen": job.frozen, "manifest_sha256": manifest_sha,
-             "options": {k: str(v) if isinstance(v, os.PathLike) else v for k, v in job.options.items() if k not in ("device", "cache")}}
+             "options": {k: v for k, v in job.options.items() if k not in ("device", "cache")} | {"weights": _weights(job.options["weights"])}}
     about, known = json.loads(json.dumps(about)), study.user_attrs.get("about")
     if known is None:
         study.set_user_attr("about", about); study.set_user_attr("metric", job.metric)
@@ -656,7 +661,9 @@ def _checked(job):
     losses = [] if job.frozen else _choices(job, "loss")
     for loss in losses: count_loss(loss, 2)
     if job.metric == "valid_loss" and len(losses) > 1: raise UsageError("metric valid_loss: different losses cannot be compared", "search for accuracy or mae, or fix the loss")
-    if job.frozen and job.options["weights"] is None:
+    weights = job.options["weights"]
+    if weights not in (None, "imagenet") and not Path(weights).is_file(): raise UsageError(f"{weights}: no such file", "check the path of the weights")
+    if job.frozen and weights is None:
         raise UsageError("a frozen search without weights: random features teach nothing", "pass weights")
     parts = manifest_images(job.data, job.manifest).part.value_counts()
     for part in ("train", "valid"):
@@ -725,7 +732,8 @@ def _report(study, job):
         raise UsageError(f"{out}: none of {len(table)} trials was completed" + (f"; the first that failed says: {failed.reason.iloc[0]}" if len(failed) else ""),
                          "trials.csv has all reasons; mend it, and search into another out")
     best = _best(study)
-    config = best.user_attrs["config"]
+    here = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in job.options.items() if k in ("weights", "device", "cache")}
+    config = best.user_attrs["config"] | here  # it may have been found on another machine
     note = {"trial": best.number, "metric": job.metric, "value": best.value, "kept": best.user_attrs["kept"], "frozen": job.frozen,
             "trials": int((table.state != "released").sum()), "manifest_sha256": study.user_attrs["about"]["manifest_sha256"], "config": config}
     with atomic_write(out/"best.json", "w") as file: json.dump(note, file, indent=2)
@@ -753,8 +761,7 @@ def read_best(
 # %% ../nbs/10_search.ipynb #48f582ff
 def _feature_key(config, rows):
     "A name for features that changes when anything does that decides them."
-    weights = config["weights"]
-    known = {**config, "weights": weights if weights == "imagenet" else sha256(weights), "timm": timm.__version__, "torchvision": torchvision.__version__}
+    known = {**config, "weights": _weights(config["weights"]), "timm": timm.__version__, "torchvision": torchvision.__version__}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for r in rows.itertuples():
         stat = r.path.stat()
