@@ -484,24 +484,29 @@ def train(
     config["mean"], config["std"] = _defaults(arch, mean, std)
     out, config["manifest_sha256"] = Path(out), read_manifest(manifest).attrs["sha256"]
     old = _found_run(out, config, overwrite, resume)
-    if old == "finished":
-        _say(f"{out}: is finished; its model is {out/'model'}")
-        return out
-    join_processes(device)
-    set_seed(seed)
-    dls = bin_dataloaders(data, manifest, size, batch_size, resize, config["mean"], config["std"], augment, workers, device, cache, balanced)
-    learn = bin_learner(dls, arch, None if old else weights, out, loss, wd=weight_decay)
-    learn.weights, recipe = weights, recipe_callbacks(mixup, ema, progressive)
+    if old == "finished": _say(f"{out}: is finished; its model is {out/'model'}")
+    else: _train(out, config, old, cbs)
+    return out
+
+
+def _train(out, config, old, cbs):
+    "Begin a run, or go on with the one that had the configuration `old`."
+    c = config
+    join_processes(c["device"])
+    set_seed(c["seed"])
+    dls = bin_dataloaders(c["data"], c["manifest"], c["size"], c["batch_size"], c["resize"], c["mean"], c["std"], c["augment"], c["workers"],
+                          c["device"], c["cache"], c["balanced"])
+    learn = bin_learner(dls, c["arch"], None if old else c["weights"], out, c["loss"], wd=c["weight_decay"])
+    learn.weights, recipe = c["weights"], recipe_callbacks(c["mixup"], c["ema"], c["progressive"])
     distrib_barrier()  # no process looks for a run any more
     if old is None: _clear_run(out)
-    config |= {"hardware": _hardware(dls.device), "lr": old["lr"] if old else lr}
-    _say(f"{arch} on {config['hardware']}{_processes()}; {len(dls.train_ds):,} bins to train, {len(dls.valid_ds):,} to validate, {dls.pictures}")
-    if config["lr"] is None: config["lr"] = _search_lr(learn, out)
-    if compile: _compile(learn)
-    if rank_distrib(): torch.manual_seed(seed + rank_distrib())  # each process augments in its own way
+    config |= {"hardware": _hardware(dls.device), "lr": old["lr"] if old else c["lr"]}
+    _say(f"{c['arch']} on {c['hardware']}{_processes()}; {len(dls.train_ds):,} bins to train, {len(dls.valid_ds):,} to validate, {dls.pictures}")
+    if c["lr"] is None: c["lr"] = _search_lr(learn, out)
+    if c["compile"]: _compile(learn)
+    if rank_distrib(): torch.manual_seed(c["seed"] + rank_distrib())  # each process augments in its own way
     _fit(learn, out, config, bool(old), [*recipe, *(cbs or [])])
     distrib_barrier()  # the model is there when any process goes on
-    return out
 
 
 def _compile(learn):
