@@ -81,9 +81,10 @@ def test_options_are_the_parameters_of_the_function(command):
     import inspect
 
     module = {"synthesize": "synthetic", "catalogue": "metadata", "explore": "explore", "split": "split", "train": "learner",
-              "evaluate": "evaluate", "predict": "inference"}[command]
+              "evaluate": "evaluate", "predict": "inference", "search": "search"}[command]
     function = getattr(importlib.import_module(f"binvision.{module}"), command)
-    only_here = {"help", "as_json", *(("data", "catalogue", "given", "out") if command == "split" else ())}
+    further = {"split": "data catalogue given out", "train": "from_", "search": "arch weights size epochs fixed device show_space"}
+    only_here = {"help", "as_json", *further.get(command, "").split()}
     options = {p.name for p in _click_command(command).params} - only_here
     assert options <= set(inspect.signature(function).parameters)
 
