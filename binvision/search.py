@@ -40,9 +40,9 @@ import torch
 import torchvision
 import yaml
 from fastai.callback.core import Callback
-from fastai.callback.schedule import Learner  # with fit_one_cycle and lr_find
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.learner import add_head
@@ -434,12 +434,17 @@ def _work(job, worker):
             else: _run_one(study, storage, job, worker)
 
 
+def _name(job, n):
+    "The name of a worker, which also decides what it draws: where machines share a database, no two have the same."
+    return str(n) if job.storage.startswith("sqlite") else f"{platform.node()}-{os.getpid()}"
+
+
 def _process(job, n):
     "The main function of a worker process."
     torch.set_num_threads(max(1, usable_cores() // job.workers))
     if torch.cuda.is_available() and job.options["device"] is None: job.options["device"] = f"cuda:{n % torch.cuda.device_count()}"
     os.environ["TQDM_DISABLE"] = "1"
-    try: _work(job, f"{n}" if job.storage.startswith("sqlite") else f"{platform.node()}-{os.getpid()}")
+    try: _work(job, _name(job, n))
     except KeyboardInterrupt: sys.exit(130)
     except (BinvisionError, OptunaError, sqlalchemy.exc.SQLAlchemyError) as e:
         print(f"worker {n}: {e}", file=sys.stderr, flush=True)
@@ -448,7 +453,7 @@ def _process(job, n):
 
 def _run_workers(job):
     "All workers of this machine, until the study is done; those that died are named."
-    if job.workers == 1: return _work(job, "0")
+    if job.workers == 1: return _work(job, _name(job, 0))
     start = multiprocessing.get_context("spawn")
     processes = [start.Process(target=_process, args=(job, n), name=f"worker {n}") for n in range(job.workers)]
     before = os.environ.get("PYTHONWARNINGS")
@@ -732,8 +737,8 @@ def _report(study, job):
         raise UsageError(f"{out}: none of {len(table)} trials was completed" + (f"; the first that failed says: {failed.reason.iloc[0]}" if len(failed) else ""),
                          "trials.csv has all reasons; mend it, and search into another out")
     best = _best(study)
-    here = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in job.options.items() if k in ("weights", "device", "cache")}
-    config = best.user_attrs["config"] | here  # it may have been found on another machine
+    here = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in job.options.items() if k in ("weights", "device")}
+    config = {k: v for k, v in best.user_attrs["config"].items() if k != "cache"} | here  # it may have been found on another machine
     note = {"trial": best.number, "metric": job.metric, "value": best.value, "kept": best.user_attrs["kept"], "frozen": job.frozen,
             "trials": int((table.state != "released").sum()), "manifest_sha256": study.user_attrs["about"]["manifest_sha256"], "config": config}
     with atomic_write(out/"best.json", "w") as file: json.dump(note, file, indent=2)
@@ -756,7 +761,7 @@ def read_best(
         raise UsageError(f"{folder}: holds no best.json", "pass the run folder of a search that was done: binvision search") from e
     config = note["config"]
     if note["frozen"]: config = {k: v for k, v in config.items() if k != "epochs"} | {"frozen_epochs": config["epochs"]}
-    return {k: v for k, v in config.items() if k in inspect.signature(train).parameters and k not in ("device", "cache")}
+    return {k: v for k, v in config.items() if k in inspect.signature(train).parameters and k != "device"}
 
 # %% ../nbs/10_search.ipynb #48f582ff
 def _feature_key(config, rows):
