@@ -279,7 +279,7 @@ def trials_table(
 # %% ../nbs/10_search.ipynb #06394f5b
 _METRICS = {"accuracy": "maximize", "mae": "minimize", "valid_loss": "minimize"}
 _PRUNERS = {
-    "median": lambda epochs: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+    "median": lambda epochs: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(2, epochs // 2)),
     "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max(1, epochs)),
     "none": lambda epochs: optuna.pruners.NopPruner(),
 }
