@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'read_counts', 'synthesize', 'fetch', 'index', 'catalogue', 'explore', 'split', 'train', 'evaluate',
-           'export', 'predict', 'serve', 'demo']
+           'export', 'predict', 'serve', 'search', 'demo']
 
 # %% ../nbs/13_cli.ipynb #2598c436
 import functools
@@ -285,11 +285,30 @@ def _numbers(text, option):
     return values and (values[0] if len(values) == 1 else values)
 
 
+def _from_search(ctx: typer.Context, folder: Path | None):
+    "Make the best configuration of a search the defaults of the command; what stands on the command line wins."
+    if folder is None or ctx.resilient_parsing: return None
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # fastai's
+    from binvision.core import BinvisionError
+    from binvision.search import read_best
+
+    try: best = read_best(folder)
+    except BinvisionError as e: _end(f"binvision: {e}", 2)
+    text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in best.items() if v is not None}
+    ctx.default_map = {"weights": "none", **text}
+    typer.echo(f"from {folder}: " + " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in text.items()))
+    return folder
+
+
+_From = Annotated[Path | None, typer.Option("--from", is_eager=True, callback=_from_search, help="Run folder of a search: its best configuration becomes the default of all other options.")]
+
+
 @_command
 def train(
     data: _Data,
     manifest: _Manifest,
     out: Annotated[Path, typer.Option(help="Run folder to make; the model comes to OUT/model.")],
+    from_: _From=None,
     arch: Annotated[str, typer.Option(help="A torchvision or timm architecture.")]="resnet50",
     weights: Annotated[str, typer.Option(help="imagenet (downloaded once), a .safetensors or .pth file, or none.")]="imagenet",
     size: Annotated[int, typer.Option(min=32, help="Side of the square input, pixels.")]=224,
@@ -305,16 +324,27 @@ def train(
     seed: _Seed=0,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures.", show_default="one a core, at most 8")]=None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="CUDA if there is one")]=None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run.")]=False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run.")]=False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed; begin if there is none.")]=False,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="Of the optimizer.", show_default="0.01")]=None,
+    depth: Annotated[int, typer.Option(min=1, max=3, help="What the later epochs train: 1 the head, 2 and the late body, 3 all.")]=3,
+    loss: Annotated[str, typer.Option(help="cross_entropy, soft (labels share with their neighbours) or ordinal.")]="cross_entropy",
+    mixup: Annotated[float, typer.Option(min=0, help="MixUp's alpha; 0 is none, 0.1 is mild.")]=0.,
+    ema: Annotated[float, typer.Option(min=0, max=.99999, help="Decay of averaged weights, such as 0.99; 0 is none.")]=0.,
+    progressive: Annotated[bool, typer.Option("--progressive", help="Smaller pictures in the first epochs.")]=False,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Draw each count equally often.")]=False,
+    cache: Annotated[str | None, typer.Option(help="Folder to keep decoded pictures in, for later runs; none decodes in every epoch.", show_default="memory, if they fit")]=None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network; on CUDA alone.")]=False,
 ):
     "Train a model on a manifest. The epoch that is best on the valid part is kept."
-    settings = {k: v for k, v in locals().items() if k not in ("mean", "std", "weights")}
+    settings = {k: v for k, v in locals().items() if k not in ("mean", "std", "weights", "from_")}
     settings |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "weights": None if weights == "none" else weights}
+    settings["cache"] = False if cache == "none" else cache
     from binvision.learner import train
 
     try: train(**settings)
     except KeyboardInterrupt:
-        kept = f"the best epoch so far is kept in {out/'model'}" if (out/"model").exists() else "no epoch was finished, so there is no model"
+        kept = f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume" if (out/"model").exists() else "no epoch was finished, so there is no model"
         raise KeyboardInterrupt(kept) from None
 
 # %% ../nbs/13_cli.ipynb #c2c4872a
@@ -329,11 +359,12 @@ def evaluate(
     n_boot: Annotated[int, typer.Option(min=0, help="Bootstrap resamples for the 95 % intervals.")]=1000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")]=0,
     cams: Annotated[int, typer.Option(min=0, help="Grad-CAM pictures in the report.")]=4,
+    tta: Annotated[bool, typer.Option("--tta", help="Look at each picture twice, as it is and mirrored.")]=False,
 ):
     "Score a model on one part of a manifest. Writes a report with pictures; constants stand beside every figure."
     from binvision.evaluate import evaluate, metrics_table
 
-    result = evaluate(model, data, manifest, part, out, batch_size, n_boot, seed, cams)
+    result = evaluate(model, data, manifest, part, out, batch_size, n_boot, seed, cams, tta)
     for warning in result["warnings"]: typer.echo(f"note: {warning}", err=True)
     table = metrics_table(result["metrics"], result["constants"]).rename(columns=lambda c: c.removeprefix("always the "))
     typer.echo(f"{result['metrics']['n']:,} bins of the {part} part; low and high end a 95 % interval; on the right what a constant answer scores\n")
@@ -446,6 +477,63 @@ def serve(
     except KeyboardInterrupt: raise KeyboardInterrupt("what was accepted has been answered") from None
 
 # %% ../nbs/13_cli.ipynb #0a6afa6c
+def _show_space(ctx: typer.Context, wanted: bool):
+    if not wanted or ctx.resilient_parsing: return
+    import yaml
+    from binvision.search import FROZEN_SPACE, SPACE
+
+    typer.echo(yaml.safe_dump(FROZEN_SPACE if ctx.params.get("frozen") else SPACE, sort_keys=False, default_flow_style=None).rstrip())
+    raise typer.Exit
+
+
+def _settings(pairs):
+    "NAME=VALUE texts as a dict; values are read as in YAML."
+    import yaml
+    from binvision.core import UsageError
+
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals): raise UsageError(f"--set {pair!r}: not understood", "pass NAME=VALUE, such as --set batch_size=16")
+        try: found[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError: raise UsageError(f"--set {pair!r}: the value is not understood", "pass a number, a word or a list such as [0.5, 0.5, 0.5]") from None
+    return found
+
+# %% ../nbs/13_cli.ipynb #f599dc34
+@_command
+def search(
+    data: _Data,
+    manifest: _Manifest,
+    out: Annotated[Path, typer.Option(help="Run folder; a search that was stopped there goes on.")]=Path("runs/search"),
+    trials: Annotated[int, typer.Option(min=1, help="How many trials in all.")]=30,
+    space: Annotated[Path | None, typer.Option(help="YAML file of what to try.", show_default="what --show-space shows")]=None,
+    frozen: Annotated[bool, typer.Option("--frozen", is_eager=True, help="Compute the features of a frozen backbone once, and try heads on them.")]=False,
+    metric: Annotated[str, typer.Option(help="What to search for on the valid part: accuracy, mae or valid_loss.")]="accuracy",
+    pruner: Annotated[str, typer.Option(help="Which trials to give up early: median, hyperband or none.")]="median",
+    storage: Annotated[str | None, typer.Option(help="URL of a database that several machines share.", show_default="SQLite in OUT")]=None,
+    study: Annotated[str | None, typer.Option(help="Name of the study in the database.", show_default="the name of OUT")]=None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes here, each with one trial at a time.")]=1,
+    loaders: Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures, a trial.", show_default="shares out the cores")]=None,
+    arch: Annotated[str | None, typer.Option(help="Only this architecture.", show_default="those of the space")]=None,
+    weights: Annotated[str, typer.Option(help="imagenet (downloaded once), a .safetensors or .pth file, or none.")]="imagenet",
+    size: Annotated[int | None, typer.Option(min=32, help="Only this side of the square input, pixels.", show_default="those of the space")]=None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a trial.", show_default="8, or 10 of a head")]=None,
+    fixed: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Fix any other option of train; may be repeated.", show_default=False)]=[],
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="CUDA if there is one, shared out among the workers")]=None,
+    seed: _Seed=0,
+    heartbeat: Annotated[int, typer.Option(min=1, help="Seconds between signs of life; a trial that is silent for three times as long is given to another process.")]=20,
+    show_space: Annotated[bool, typer.Option("--show-space", is_eager=True, callback=_show_space, help="Print the default space, to edit (after --frozen: that of heads).")]=False,
+):
+    "Search the settings that train best. Chosen on the valid part; may be killed and started again at any time."
+    given = {k: v for k, v in {"arch": arch, "size": size, "epochs": epochs, "device": device}.items() if v is not None}
+    given |= {"weights": None if weights == "none" else weights} | _settings(fixed)
+    from binvision.search import search
+
+    search(data, manifest, out, trials, space, frozen, metric, pruner, storage, study, workers, loaders, seed, heartbeat, **given)
+    words = ["binvision", "train", data, manifest, "--from", out, "--out", out.parent/"best"]
+    typer.echo(f"pictures and trials.csv: {out}\nnext: {' '.join(shlex.quote(str(w)) for w in words)}")
+
+# %% ../nbs/13_cli.ipynb #19001bc0
 _DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
 _LEFT = """What binvision demo left here
 =============================
@@ -496,7 +584,7 @@ def _demo_model(out, n, seed, size, epochs):
     train(data, out/"manifest.csv", out/"run", seed=seed, **_DEMO | {"size": size, "epochs": epochs})
     return data
 
-# %% ../nbs/13_cli.ipynb #f599dc34
+# %% ../nbs/13_cli.ipynb #2b4ed34f
 @_command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to make; what an earlier demo left there is replaced.")]=Path("binvision-demo"),
@@ -535,3 +623,6 @@ def _next(out):
     return (f"  binvision predict {folder}/run/model {folder}/data/bin-images/00001.jpg --json\n"
             f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
             f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 96 --lr 0.002")
+
+# %% ../nbs/13_cli.ipynb #bbae7945
+if __name__ == "__main__" and globals().get("__spec__"): main()

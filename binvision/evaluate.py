@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'FIGURES', 'PER_CLASS', 'MAIN', 'ACCENT', 'GREY', 'decode', 'metrics', 'constants', 'metrics_table',
            'class_table', 'difference', 'plot_confusion', 'plot_recall', 'calibration', 'plot_calibration', 'coverage',
-           'plot_coverage', 'compare', 'plot_comparison', 'plot_mistakes', 'grad_cam', 'plot_grad_cam', 'evaluate',
-           'read_predictions']
+           'plot_coverage', 'compare', 'plot_comparison', 'plot_mistakes', 'grad_cam', 'plot_grad_cam', 'Mirrored',
+           'evaluate', 'read_predictions']
 
 # %% ../nbs/09_evaluate.ipynb #e7541c68
 import json
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .core import DataError, ModelError, UsageError, atomic_write, figure, html_page, rng, sha256
-from .inference import Model, load_image, load_model, predict, preprocess, read_card
+from .inference import Model, load_image, load_model, predict, preprocess, read_card, softmax
 from .split import read_manifest
 
 # %% ../nbs/09_evaluate.ipynb #80e96780
@@ -586,7 +586,18 @@ def _report(result, table, model, cams):
     sections.append(("Circumstances", [pd.Series(_flat(circumstances), name="value").to_frame()]))
     return html_page(f"{model.card['arch']} on the {result['part']} part", sections, _lead(result))
 
-# %% ../nbs/09_evaluate.ipynb #5f7c1669
+# %% ../nbs/09_evaluate.ipynb #9b90580c
+class Mirrored(Model):
+    "A model that looks at each picture as it is and mirrored, and averages the two distributions."
+
+    def __init__(self, model): self.__dict__ |= (model if isinstance(model, Model) else load_model(model)).__dict__
+
+    def logits(self, batch:np.ndarray)->np.ndarray:
+        "As `Model.logits`: the logarithms of the averaged probabilities."
+        both = softmax(super().logits(batch)) + softmax(super().logits(np.ascontiguousarray(batch[..., ::-1])))
+        return np.log(np.clip(both / 2, 1e-30, 1)).astype(np.float32)
+
+# %% ../nbs/09_evaluate.ipynb #b9b468ad
 def evaluate(
     model, # a model folder, or a `Model`
     data:str|os.PathLike, # the data set folder
@@ -597,11 +608,13 @@ def evaluate(
     n_boot:int=1000, # bootstrap resamples for the intervals
     seed:int=0, # of the resamples
     cams:int=4, # Grad-CAM pictures in the report
+    tta:bool=False, # look at each picture twice: see `Mirrored`
 )->dict: # `metrics`, `constants`, `failed`, `warnings`, and what they were taken on; the content of metrics.json
     "Evaluate a model on one part of a manifest, and write a report that needs nothing else to be read."
     from binvision.data import manifest_images
 
     model = model if isinstance(model, Model) else load_model(model)
+    if tta: model = Mirrored(model)
     name, manifest = ("the manifest", manifest) if isinstance(manifest, pd.DataFrame) else (manifest, read_manifest(manifest))
     counts = list(model.card["counts"])
     rows = manifest_images(data, _part(manifest, part, counts, name))
@@ -613,7 +626,7 @@ def evaluate(
     labels, groups, train = good["count"].to_numpy(int), good.group.to_numpy(str), manifest[manifest.part == "train"]["count"]
     probabilities = good[[f"p{c}" for c in counts]].to_numpy(float)
     result = _provenance(model, data, manifest, part) | {
-        "seed": seed, "n_boot": n_boot, "warnings": list(_warnings(model.card, manifest, rows, part)),
+        "seed": seed, "n_boot": n_boot, "tta": isinstance(model, Mirrored), "warnings": list(_warnings(model.card, manifest, rows, part)),
         "failed": [{"id": r.id, "file": str(r.path), "reason": r.error.removeprefix(f"{r.path}: ")} for r in bad.itertuples()],
         "metrics": metrics(labels, probabilities, counts, groups, n_boot, seed),
         "constants": constants(labels, train if len(train) else labels, counts, groups, n_boot, seed)}
@@ -628,7 +641,7 @@ def _write(out, result, table, model, cams):
     with atomic_write(out/"metrics.json", "w") as file: json.dump(result, file, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(out/"report.html", "w") as file: file.write(page)
 
-# %% ../nbs/09_evaluate.ipynb #ba8ea880
+# %% ../nbs/09_evaluate.ipynb #c2f71754
 def read_predictions(
     report:str|os.PathLike, # a folder that `evaluate` wrote
 )->dict: # labels, probabilities, counts and groups, as `metrics` takes them

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from binvision import __version__
 from binvision.cli import app
 
-COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "train", "evaluate", "export", "predict", "serve", "demo"]
+COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "train", "evaluate", "export", "predict", "serve", "search", "demo"]
 PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
 TINY = ["--arch", "resnet18", "--weights", "none", "--size", "64", "--batch-size", "8", "--frozen-epochs", "0", "--lr", "0.001"]
 
@@ -83,9 +83,10 @@ def test_options_are_the_parameters_of_the_function(command):
     import inspect
 
     module = {"synthesize": "synthetic", "catalogue": "metadata", "explore": "explore", "split": "split", "train": "learner",
-              "evaluate": "evaluate", "export": "quantize", "predict": "inference"}[command]
+              "evaluate": "evaluate", "export": "quantize", "predict": "inference", "search": "search"}[command]
     function = getattr(importlib.import_module(f"binvision.{module}"), command)
-    only_here = {"help", "as_json", *(("data", "catalogue", "given", "out") if command == "split" else ("out", "root", "overwrite") if command == "predict" else ())}
+    further = {"split": "data catalogue given out", "train": "from_", "search": "arch weights size epochs fixed device show_space", "predict": "out root overwrite"}
+    only_here = {"help", "as_json", *further.get(command, "").split()}
     options = {p.name for p in _click_command(command).params} - only_here
     assert options <= set(inspect.signature(function).parameters)
 

@@ -1,0 +1,143 @@
+"""Does a recipe help? Train the default and each recipe with several seeds, and compare them on the validation part.
+
+    python benchmarks/recipes.py DATA manifest.csv --out runs/recipes --seeds 0 1 2 -- --arch resnet50 --size 224 --epochs 8
+
+What stands after `--` goes to `binvision train` for every run. Each run is a folder `OUT/<recipe>-<seed>`; a run that is there is not
+trained again, and one that was killed goes on: the same command is started again until all are done. With `--only` several machines
+share the work; the table is made of what is there. Without DATA synthetic bins are drawn, to see that it works.
+
+The validation part decides (it also chose the best epoch and the temperature, for each recipe alike); the test part is not touched.
+Intervals are 95 %, from a bootstrap that draws groups of bins and, as each resample's model, one of the seeds: they hold the luck of the
+bins and that of the seeds. `change` is the recipe minus the default on the same draws. Cost is seconds of training relative to the
+default's. Decoding by goal (argmax for accuracy, median for MAE, mean for RMSE) is free, and given for each.
+"""
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+RECIPES = {
+    "default": {}, "soft labels": {"loss": "soft"}, "ordinal loss": {"loss": "ordinal"}, "mixup 0.1": {"mixup": .1}, "ema 0.99": {"ema": .99},
+    "balanced": {"balanced": True}, "progressive": {"progressive": True}, "no augmentation": {"augment": 0.}, "pad": {"resize": "pad"}}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("manifest", nargs="?")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="RECIPE", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--n-boot", type=int, default=2000)
+    parser.add_argument("--n", type=int, default=240, help="synthetic bins, without DATA")
+    ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    rest = sys.argv[len(ours) + 2:]
+    return parser.parse_args(ours), options(rest)
+
+
+def options(rest):
+    "The options of `binvision train` as the arguments of its function."
+    from typer.main import get_command
+
+    from binvision.cli import app
+
+    command = get_command(app).commands["train"]
+    context = command.make_context("train", ["data", "manifest", "--out", "out", *rest])
+    given = {k: v for k, v in context.params.items() if context.get_parameter_source(k).name == "COMMANDLINE" and k not in ("data", "manifest", "out")}
+    return {k: None if (k, v) == ("weights", "none") else [float(x) for x in v.split(",")] if k in ("mean", "std") else v for k, v in given.items()}
+
+
+def synthetic(home, n):
+    from binvision.metadata import catalogue
+    from binvision.split import split, write_manifest
+    from binvision.synthetic import synthesize
+
+    data = synthesize(home / "bins", n=n, seed=0, max_side=128)
+    write_manifest(split(catalogue(data), valid=.3, test=.1, seed=0), home / "manifest.csv")
+    return data, home / "manifest.csv"
+
+
+def predictions(run, data, manifest):
+    "A run's distributions on the validation part, plain and mirrored; written beside the model once."
+    from binvision.evaluate import evaluate, read_predictions
+
+    found = {}
+    for name in ("report-valid", "report-valid-tta"):
+        if not (run.parent / name / run.name / "predictions.csv").exists():
+            evaluate(run / "model", data, manifest, "valid", run.parent / name / run.name, n_boot=0, cams=0, tta=name.endswith("tta"))
+        found[name] = read_predictions(run.parent / name / run.name)
+    return found["report-valid"], found["report-valid-tta"]
+
+
+def errors(p):
+    "What each image adds to accuracy, MAE and squared error, decoded by argmax and by the best way for each."
+    from binvision.evaluate import decode
+
+    off = {how: decode(p["probabilities"], p["counts"], how) - p["labels"] for how in ("argmax", "median", "mean")}
+    return np.column_stack([off["argmax"] == 0, np.abs(off["argmax"]), off["argmax"]**2, np.abs(off["median"]), off["mean"]**2]).astype(float)
+
+
+FIGURES = ("accuracy", "MAE", "RMSE", "MAE of the median", "RMSE of the mean")
+
+
+def figures(sums, n): return np.where(np.array([0, 0, 1, 0, 1], bool), np.sqrt(sums / n), sums / n)
+
+
+def resample(all_errors, groups, n_boot):
+    "Figures of resamples `(recipes, n_boot, figures)`: the same groups for all recipes, one seed of each."
+    random = np.random.default_rng(0)
+    names, group = np.unique(groups, return_inverse=True)
+    sums = {r: np.stack([[np.bincount(group, e[:, j], len(names)) for j in range(e.shape[1])] for e in seeds]) for r, seeds in all_errors.items()}
+    sizes = np.bincount(group, minlength=len(names))
+    found = {r: np.empty((n_boot, len(FIGURES))) for r in all_errors}
+    for b in range(n_boot):
+        weight = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))
+        for r, s in sums.items(): found[r][b] = figures(s[random.integers(len(s))] @ weight, sizes @ weight)
+    return found
+
+
+def table(runs, data, manifest, n_boot):
+    "A row a recipe: figures with intervals, change against the default, cost."
+    found = {r: [predictions(run, data, manifest) for run in folders] for r, folders in runs.items()}
+    kinds = {r: [errors(p) for p, _ in ps] for r, ps in found.items()} | {"default, mirrored too (tta)": [errors(p) for _, p in found["default"]]}
+    groups = found["default"][0][0]["groups"]
+    again = resample(kinds, groups, n_boot)
+    seconds = {r: np.mean([pd.read_csv(run / "history.csv").seconds.sum() for run in folders]) for r, folders in runs.items()}
+    interval = lambda x: "{:.3f} to {:.3f}".format(*np.percentile(x, [2.5, 97.5]))
+    rows = []
+    for r, seeds in kinds.items():
+        values = np.mean([figures(e.sum(0), len(e)) for e in seeds], 0)
+        row = {"recipe": r, "seeds": len(seeds)}
+        for j, name in enumerate(FIGURES):
+            row |= {name: round(values[j], 4), f"{name}, 95 %": interval(again[r][:, j]), f"{name}, change": interval(again[r][:, j] - again["default"][:, j])}
+        rows.append(row | {"cost": round(seconds.get(r, seconds["default"]) / seconds["default"], 2)})
+    return pd.DataFrame(rows)
+
+
+def main():
+    args, settings = arguments()
+    from binvision.core import UsageError, atomic_write
+    from binvision.learner import train
+
+    with tempfile.TemporaryDirectory() as home:
+        data, manifest = (args.data, args.manifest) if args.data else synthetic(Path(home), args.n)
+        done = {}
+        for recipe in dict.fromkeys(["default", *args.only]):
+            for seed in args.seeds:
+                run = args.out / f"{recipe.replace(' ', '-')}-{seed}"
+                print(f"# {recipe}, seed {seed}", flush=True)
+                try: done.setdefault(recipe, []).append(train(data, manifest, run, **settings | RECIPES[recipe] | {"seed": seed, "resume": True}))
+                except UsageError as e: sys.exit(f"{e}")
+        result = table(done, data, manifest, args.n_boot)
+    with atomic_write(args.out / "recipes.csv", "w") as file: result.to_csv(file, index=False)
+    with atomic_write(args.out / "recipes.json", "w") as file: json.dump({"settings": settings, "recipes": RECIPES, "seeds": args.seeds}, file, indent=2, default=str)
+    shown = result[["recipe", "seeds", *(c for n in FIGURES[:3] for c in (n, f"{n}, 95 %")), "accuracy, change", "cost"]]
+    print(f"\n{shown.to_string(index=False)}\n\nwritten: {args.out / 'recipes.csv'}")
+
+
+if __name__ == "__main__":
+    main()
