@@ -9,6 +9,7 @@ __all__ = ['app', 'main', 'read_counts', 'synthesize', 'fetch', 'index', 'catalo
 # %% ../nbs/13_cli.ipynb #2598c436
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -273,7 +274,24 @@ def _tables(data, folder):
     if len(cat.problems): typer.echo(f"{len(cat.problems):,} problems in {data}; binvision catalogue {data} names them", err=True)
     return cat
 
-# %% ../nbs/13_cli.ipynb #b675761c
+# %% ../nbs/13_cli.ipynb #ae00322b
+def _run_folder(out):
+    "The run folder: as asked for, or in a training job's folder for output."
+    from binvision.core import UsageError
+
+    if out is None and "SM_OUTPUT_DATA_DIR" not in os.environ: raise UsageError("--out is missing", "pass the run folder to make, such as --out runs/first")
+    return out or Path(os.environ["SM_OUTPUT_DATA_DIR"])/"run"
+
+
+def _hand_over(model, folder):
+    "Copy the files of a model into a folder that is there already, each whole; the card comes last."
+    from binvision.core import atomic_write
+
+    for file in sorted(model.iterdir(), key=lambda f: f.name == "card.json"):
+        with atomic_write(folder/file.name) as copy, file.open("rb") as original: shutil.copyfileobj(original, copy)
+    typer.echo(f"model: {folder}")
+
+# %% ../nbs/13_cli.ipynb #c2c4872a
 def _numbers(text, option):
     "One number or three from a text such as `0.5` or `0.485,0.456,0.406`; None stays None."
     from binvision.core import UsageError
@@ -305,9 +323,9 @@ _From = Annotated[Path | None, typer.Option("--from", is_eager=True, callback=_f
 
 @_command
 def train(
-    data: _Data,
-    manifest: _Manifest,
-    out: Annotated[Path, typer.Option(help="Run folder to make; the model comes to OUT/model.")],
+    data: Annotated[Path, typer.Argument(envvar="SM_CHANNEL_TRAINING", help="Data set folder.")],
+    manifest: Annotated[Path | None, typer.Argument(help="Manifest that `binvision split` wrote.", show_default="DATA/manifest.csv")]=None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make; the model comes to OUT/model.")]=None,
     from_: _From=None,
     arch: Annotated[str, typer.Option(help="A torchvision or timm architecture.")]="resnet50",
     weights: Annotated[str, typer.Option(help="imagenet (downloaded once), a .safetensors or .pth file, or none.")]="imagenet",
@@ -340,14 +358,16 @@ def train(
     settings = {k: v for k, v in locals().items() if k not in ("mean", "std", "weights", "from_")}
     settings |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "weights": None if weights == "none" else weights}
     settings["cache"] = False if cache == "none" else cache
+    settings |= {"manifest": manifest or data/"manifest.csv", "out": (out := _run_folder(out))}
     from binvision.learner import train
 
     try: train(**settings)
     except KeyboardInterrupt:
         kept = f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume" if (out/"model").exists() else "no epoch was finished, so there is no model"
         raise KeyboardInterrupt(kept) from None
+    if "SM_MODEL_DIR" in os.environ and os.environ.get("RANK", "0") == "0": _hand_over(out/"model", Path(os.environ["SM_MODEL_DIR"]))
 
-# %% ../nbs/13_cli.ipynb #c2c4872a
+# %% ../nbs/13_cli.ipynb #b4b22ab5
 @_command
 def evaluate(
     model: _Model,
@@ -371,7 +391,7 @@ def evaluate(
     typer.echo(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
     _name_failures((f["file"], f["reason"]) for f in result["failed"])
 
-# %% ../nbs/13_cli.ipynb #71811ac0
+# %% ../nbs/13_cli.ipynb #7734b306
 @_command
 def export(
     model: _Model,
@@ -393,7 +413,7 @@ def export(
     if made["n"] < 600: typer.echo(f"note: {made['n']:,} bins say little about half a point of accuracy; take 600 or more", err=True)
     typer.echo(f"written: {model/'model.int8.onnx'}")
 
-# %% ../nbs/13_cli.ipynb #7734b306
+# %% ../nbs/13_cli.ipynb #54fd49f9
 @_command
 def predict(
     model: _Model,
@@ -440,7 +460,7 @@ def _predict_to(model, source, out, *settings):
     if more := done.failed - len(done.first_failures): done.first_failures.append(("and", f"{more:,} more; see the column error in {out}"))
     _name_failures(done.first_failures, 2 if done.failed == done.n else 1, named=101)
 
-# %% ../nbs/13_cli.ipynb #de1ef0ce
+# %% ../nbs/13_cli.ipynb #0bff75fd
 def _option(name, help, **how):
     "An option of `serve` that is an environment variable too."
     return typer.Option(help=help, envvar=f"BINVISION_{name}", show_envvar=False, **how)
@@ -467,7 +487,6 @@ def serve(
     token_file: Annotated[Path | None, _option("TOKEN_FILE", "File with the token that callers must send.", show_default="BINVISION_TOKEN, or no token")]=None,
 ):
     "Answer over HTTP, with a page for browsers. SIGTERM or Ctrl-C ends it; what was accepted is answered first."
-    import os
 
     limits = {k: v for k, v in locals().items() if k in ("batch", "wait_ms", "queue", "max_images", "max_bytes", "max_request", "max_pixels", "memory", "timeout", "grace")}
     from binvision.serve import Settings, serve
@@ -476,7 +495,7 @@ def serve(
     try: serve(model, host, port, backend, threads, Settings(**limits, cors=tuple(cors or ()), token=token))
     except KeyboardInterrupt: raise KeyboardInterrupt("what was accepted has been answered") from None
 
-# %% ../nbs/13_cli.ipynb #0a6afa6c
+# %% ../nbs/13_cli.ipynb #5b23ec92
 def _show_space(ctx: typer.Context, wanted: bool):
     if not wanted or ctx.resilient_parsing: return
     import yaml
@@ -499,7 +518,7 @@ def _settings(pairs):
         except yaml.YAMLError: raise UsageError(f"--set {pair!r}: the value is not understood", "pass a number, a word or a list such as [0.5, 0.5, 0.5]") from None
     return found
 
-# %% ../nbs/13_cli.ipynb #f599dc34
+# %% ../nbs/13_cli.ipynb #32888a3c
 @_command
 def search(
     data: _Data,
@@ -533,7 +552,7 @@ def search(
     words = ["binvision", "train", data, manifest, "--from", out, "--out", out.parent/"best"]
     typer.echo(f"pictures and trials.csv: {out}\nnext: {' '.join(shlex.quote(str(w)) for w in words)}")
 
-# %% ../nbs/13_cli.ipynb #19001bc0
+# %% ../nbs/13_cli.ipynb #12c0d15e
 _DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
 _LEFT = """What binvision demo left here
 =============================
@@ -584,7 +603,7 @@ def _demo_model(out, n, seed, size, epochs):
     train(data, out/"manifest.csv", out/"run", seed=seed, **_DEMO | {"size": size, "epochs": epochs})
     return data
 
-# %% ../nbs/13_cli.ipynb #2b4ed34f
+# %% ../nbs/13_cli.ipynb #7bec5a71
 @_command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to make; what an earlier demo left there is replaced.")]=Path("binvision-demo"),
@@ -624,5 +643,5 @@ def _next(out):
             f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
             f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 96 --lr 0.002")
 
-# %% ../nbs/13_cli.ipynb #bbae7945
+# %% ../nbs/13_cli.ipynb #5c8cfcea
 if __name__ == "__main__" and globals().get("__spec__"): main()

@@ -140,7 +140,7 @@ def _whole(key, raw, max_side=None):
 
 # %% ../nbs/03_fetch.ipynb #5e5e642a
 def _once(store, bucket, key):
-    "One request: the bytes of an object, compared with the length and the checksum that the store gives."
+    "One request: an object's bytes, their MD5, and whether that is the one that the store gives."
     from obstore.exceptions import BaseError
 
     try:
@@ -149,10 +149,10 @@ def _once(store, bucket, key):
     except (BaseError, OSError, ValueError) as e: raise _failure(e, bucket) from e
     size, etag = got.meta["size"], (got.meta["e_tag"] or "").strip('"')
     if len(raw) != size: raise _Failure("broken", f"{len(raw):,} bytes came of {size:,}", True)
-    proven = bool(re.fullmatch("[0-9a-f]{32}", etag))
-    if proven and hashlib.md5(raw, usedforsecurity=False).hexdigest() != etag:
+    md5, proven = hashlib.md5(raw, usedforsecurity=False), bool(re.fullmatch("[0-9a-f]{32}", etag))
+    if proven and md5.hexdigest() != etag:
         raise _Failure("broken", "the bytes that came are not those that the store names (MD5)", True)
-    return raw, proven
+    return raw, md5, proven
 
 
 def _patiently(bucket, stop, ask, *args):
@@ -168,12 +168,13 @@ def _patiently(bucket, stop, ask, *args):
 
 
 def _get(store, bucket, key, max_side=None):
-    "The bytes to keep of an object, and how many came."
-    raw, proven = _once(store, bucket, key)
-    try: return _whole(key, raw, max_side), len(raw)
+    "The bytes to keep of an object, their MD5, and how many came."
+    raw, md5, proven = _once(store, bucket, key)
+    try: kept = _whole(key, raw, max_side)
     except _Failure as e:
         e.again = not proven
         raise
+    return kept, md5 if kept is raw else hashlib.md5(kept, usedforsecurity=False), len(raw)
 
 # %% ../nbs/03_fetch.ipynb #79a047eb
 class _Folder:
@@ -226,10 +227,10 @@ class _Folder:
         self._note(key, md5)
         return True
 
-    def put(self, key, raw):
+    def put(self, key, raw, md5):
         "Write a file beside its place, rename it, and note its checksum."
         with atomic_write(self.data/key, sync=False) as file: file.write(raw)
-        self._note(key, hashlib.md5(raw, usedforsecurity=False))
+        self._note(key, md5)
 
     def _note(self, key, md5):
         self.sums[key] = md5.digest()
@@ -328,9 +329,9 @@ def _fetch_one(folder, store, bucket, stop, max_side, key):
     "Have one object in the folder: what happened to it as (kind, key, bytes received or attempts, reason)."
     if folder.has(key): return "there", key, 0, ""
     if stop.is_set(): return "unreachable", key, 0, "stopped"
-    try: raw, received = _patiently(bucket, stop, _get, store, bucket, key, max_side)
+    try: raw, md5, received = _patiently(bucket, stop, _get, store, bucket, key, max_side)
     except _Failure as e: return e.kind, key, e.attempts, e.reason
-    folder.put(key, raw)
+    folder.put(key, raw, md5)
     return "fetched", key, received, ""
 
 

@@ -83,12 +83,16 @@ def test_options_are_the_parameters_of_the_function(command):
     import inspect
 
     module = {"synthesize": "synthetic", "catalogue": "metadata", "explore": "explore", "split": "split", "train": "learner",
-              "evaluate": "evaluate", "export": "quantize", "predict": "inference", "search": "search"}[command]
+              "evaluate": "evaluate", "export": "quantize", "predict": "inference", "search": "search", "fetch": "fetch", "index": "fetch", "serve": "serve"}[command]
     function = getattr(importlib.import_module(f"binvision.{module}"), command)
-    further = {"split": "data catalogue given out", "train": "from_", "search": "arch weights size epochs fixed device show_space", "predict": "out root overwrite"}
+    further = {"split": "data catalogue given out", "train": "from_", "search": "arch weights size epochs fixed device show_space", "predict": "out root overwrite",
+               "fetch": "list counts per_count sample balance index seed images_only metadata_only dry_run"}
     only_here = {"help", "as_json", *further.get(command, "").split()}
     options = {p.name for p in _click_command(command).params} - only_here
-    assert options <= set(inspect.signature(function).parameters)
+    known = set(inspect.signature(function).parameters)
+    if command in ("fetch", "index"): known |= {"endpoint", "region", "profile", "timeout", "attempts"}  # of fetch.Bucket
+    if command == "serve": known |= set(importlib.import_module("binvision.intake").Settings.__dataclass_fields__)
+    assert options <= known, options - known
 
 
 def test_importing_the_program_imports_nothing_heavy():
@@ -373,3 +377,18 @@ def test_a_pipe_whose_reader_has_gone(tmp_path, data, model):
 def test_logs_have_no_progress_bar(tmp_path):
     done = subprocess.run([*PROGRAM, "synthesize", str(tmp_path / "bins"), "--n", "20", "--max-side", "100"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "%|" not in done.stdout
+
+
+def test_a_training_job_finds_its_folders_in_the_environment(data, manifest, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "training")
+    shutil.copy(manifest, tmp_path / "training" / "manifest.csv")
+    (tmp_path / "model").mkdir()
+    for name, folder in {"SM_CHANNEL_TRAINING": "training", "SM_MODEL_DIR": "model", "SM_OUTPUT_DATA_DIR": "output"}.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    run("train", *TINY, "--epochs", 1, "--workers", 0)
+    from binvision.inference import load_model
+
+    assert (tmp_path / "output" / "run" / "history.csv").exists()
+    assert load_model(tmp_path / "model").card == load_model(tmp_path / "output" / "run" / "model").card
+    monkeypatch.delenv("SM_OUTPUT_DATA_DIR")
+    refused("train", *TINY, says="--out is missing")
