@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from .core import DataError, UsageError, atomic_write, bin_id, rng
+from .core import BinvisionError, DataError, UsageError, atomic_write, bin_id, rng
 from .metadata import parse_document
 
 # %% ../nbs/03_fetch.ipynb #c194761c
@@ -189,14 +189,15 @@ class _Folder:
             self._take_up(max_side)
         except Timeout: raise UsageError(f"{self.data}: another fetch is at work there", "wait for it, or pass another folder") from None
         except OSError as e: raise DataError(f"{self.data}: cannot be written ({e.strerror})", "free some space, or pass a folder that you may write to") from e
-        except UsageError:
+        except BinvisionError:
             self.lock.release()
             raise
 
     def _take_up(self, max_side):
         "Read what earlier runs have written down, and clear away what a kill has left."
         self._settings(max_side)
-        for left in self.data.glob("*/.*.part"): left.unlink()
+        for place in (self.data, self.data/"bin-images", self.data/"metadata"):
+            for left in place.glob(".*.part"): left.unlink()
         for file in (self.ledger, self.journal):
             if file.exists(): self._read(file)
         self.log = self.journal.open("a", buffering=1, encoding="utf-8")
@@ -204,9 +205,9 @@ class _Folder:
     def _settings(self, max_side):
         "Pictures of one folder are all downscaled, or none is."
         file, settings = self.data/"fetch.json", {"max_side": max_side}
-        before = json.loads(file.read_text()) if file.exists() else settings
-        if before != settings:
-            was = before["max_side"]
+        try: was = json.loads(file.read_text())["max_side"] if file.exists() else max_side
+        except (ValueError, TypeError, KeyError) as e: raise DataError(f"{file}: cannot be read ({e})", "delete it, if the pictures there are of one kind") from e
+        if was != max_side:
             raise UsageError(f"{self.data}: was fetched {f'with max_side {was}' if was else 'at full size'}",
                              f"pass {f'--max-side {was}' if was else 'no --max-side'}, or another folder")
         with atomic_write(file, "w") as f: json.dump(settings, f)
@@ -478,6 +479,7 @@ def index(
     parts = out.with_name(f".{out.name}.parts")
     store = bucket.open()
     with _locked(parts), _progress(progress, unit="document", desc="index") as bar:
+        for left in out.parent.glob(f".{out.name}.*.part"): left.unlink()
         if out.exists(): _read_again(out, bucket, store, concurrency, stop)
         else:
             files = sorted(parts.glob("*.parquet"))

@@ -1,7 +1,11 @@
 """One small data set and one small trained model for all tests of a session."""
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell starts commands in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C need it back.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_options_are_the_parameters_of_the_function(command):
     options = {p.name for p in _click_command(command).params} - only_here
     known = set(inspect.signature(function).parameters)
     if command in ("fetch", "index"): known |= {"endpoint", "region", "profile", "timeout", "attempts"}  # of fetch.Bucket
-    if command == "serve": known |= set(importlib.import_module("binvision.intake").Settings.__dataclass_fields__)
+    if command == "serve": known |= set(importlib.import_module("binvision.intake").Settings.__dataclass_fields__) | {"token_file"}
     assert options <= known, options - known
 
 
@@ -160,13 +160,14 @@ def test_demo_and_the_commands_it_ends_with(tmp_path, monkeypatch):
     for command in commands: run(*command)
 
 
-def test_demo_replaces_its_own_folder_and_no_other(tmp_path):
+def test_demo_replaces_what_is_its_own_and_nothing_else(tmp_path):
     from binvision.cli import _demo_folder
 
     _demo_folder(tmp_path / "demo")
-    (tmp_path / "demo/old.csv").write_text("old")
+    (tmp_path / "demo/predictions.csv").write_text("of the first demo")
+    (tmp_path / "demo/added.csv").write_text("by somebody, since")
     _demo_folder(tmp_path / "demo")
-    assert [p.name for p in (tmp_path / "demo").iterdir()] == ["README.txt"]
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["README.txt", "added.csv"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("three years")
     refused("demo", "--out", tmp_path / "mine", says="was not made by binvision demo")

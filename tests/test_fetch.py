@@ -150,7 +150,7 @@ def test_a_second_run_fetches_only_what_is_missing_or_broken(data, line, tmp_pat
     (tmp_path / "bin-images" / f"{ids[1]}.jpg").write_bytes(b"")
     (tmp_path / "metadata" / f"{ids[2]}.json").write_text("{")
     (tmp_path / "metadata" / f"{ids[3]}.json").unlink()
-    (tmp_path / "bin-images" / f".{ids[4]}.jpg.0a1b2c3d.part").write_bytes(b"left by a kill")
+    for left in (f"bin-images/.{ids[4]}.jpg.0a1b2c3d.part", ".fetch.json.0a1b2c3d.part"): (tmp_path / left).write_bytes(b"left by a kill")
     again = f.fetch(tmp_path, ids, Bucket(endpoint=line.url))
     assert again.fetched == 4 and len(line.log) == asked + 4 and tree(tmp_path) == whole
 
@@ -393,6 +393,8 @@ def test_pictures_are_downscaled_on_arrival(data, line, tmp_path):
         assert max(after) == 96 and abs(after[0] / after[1] - before[0] / before[1]) < 0.03
     assert f.fetch(tmp_path, ids, where, max_side=96).there == 8
     with pytest.raises(UsageError, match="max_side 96"): f.fetch(tmp_path, ids, where)
+    (tmp_path / "fetch.json").write_text("{")
+    with pytest.raises(DataError, match="fetch.json: cannot be read"): f.fetch(tmp_path, ids, where)
 
 
 # The index
@@ -403,8 +405,8 @@ def _index_in_child(out, url):
 
 
 def test_the_index_goes_on_after_kills_and_reads_again_what_failed(data, line, tmp_path, quick):
-    out, kills = tmp_path / "index.parquet", 0
-    line.latency = 0.03
+    out, kills, last = tmp_path / "index.parquet", 0, ids_of(data)[-1]
+    line.latency = 0.1
     while kills < 3:
         child = SPAWN.Process(target=_index_in_child, args=(out, line.url))
         child.start()
@@ -415,11 +417,11 @@ def test_the_index_goes_on_after_kills_and_reads_again_what_failed(data, line, t
         kills += 1
     assert not out.exists()
     line.latency, asked = 0, len(line.log)
-    line.always = {"metadata/00003.json": "corrupt"}
+    line.always = {f"metadata/{last}.json": "corrupt"}
     table = f.index(out, Bucket(endpoint=line.url, attempts=2))
     assert len(line.log) - asked < 61 + 20, "what was read before the kills was read again"
     expected = {p.stem: json.loads(p.read_bytes())["EXPECTED_QUANTITY"] for p in (data / "metadata").iterdir()}
-    assert set(table.loc[table["count"].isna(), "id"]) == {"broken", "00003"} and table["problem"].notna().sum() == 2
+    assert set(table.loc[table["count"].isna(), "id"]) == {"broken", last} and table["problem"].notna().sum() == 2
     assert not (tmp_path / ".index.parquet.parts").exists() and list(tmp_path.iterdir()) == [out]
     line.always, asked = {}, len(line.log)
     table = f.index(out, Bucket(endpoint=line.url)).set_index("id")
