@@ -131,9 +131,11 @@ def _choose(list, ids, sample, per_count, balance, counts, index, seed, bucket):
     ways = {"--list": list, "--ids": ids, "--sample": sample, "--balance": balance, "--per-count": None if balance else per_count}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1: raise UsageError(f"which bins? {' and '.join(given) or 'none'} given", f"pass one of {', '.join(ways)}")
+    if not index and given[0] in ("--per-count", "--balance"):
+        index = ["index.parquet"]  # what `binvision index` writes
+        if not Path(index[0]).exists():
+            raise UsageError(f"{given[0]}: needs the counts of many bins, and there is no {index[0]} here", "run `binvision index`, or pass the challenge's counting lists with --index")
     labels = choose.read_list(*index) if index else None
-    if labels is None and given[0] in ("--per-count", "--balance"):
-        raise UsageError(f"{given[0]}: needs the counts of many bins", "pass --index with what `binvision index` wrote, or with the challenge's counting lists")
     wanted = read_counts(counts) if counts else None
     if balance is not None:
         before = choose.read_list(balance)
@@ -168,10 +170,10 @@ def fetch(
     list: Annotated[str | None, typer.Option(help='A list: "udacity" (the course subset), or path or URL of a .json, .csv, .parquet or .txt file.')]=None,
     ids: Annotated[Path | None, typer.Option(help="A .txt file with an id a line, or a table with a column id.")]=None,
     counts: Annotated[str | None, typer.Option(help="Only these counts, such as 1-5.")]=None,
-    per_count: Annotated[int | None, typer.Option(min=1, help="So many bins of each count; needs --index.")]=None,
+    per_count: Annotated[int | None, typer.Option(min=1, help="So many bins of each count; needs an index.")]=None,
     sample: Annotated[float | None, typer.Option(help="This share of the whole bucket, by hash: above 0, at most 1.")]=None,
-    balance: Annotated[Path | None, typer.Option(help="Manifest of a data set to even out; needs --index.")]=None,
-    index: Annotated[list[str] | None, typer.Option(help="Label index: from `binvision index`, or the challenge's lists. May be repeated.")]=None,
+    balance: Annotated[Path | None, typer.Option(help="Manifest of a data set to even out; needs an index.")]=None,
+    index: Annotated[list[str] | None, typer.Option(help="Label index: from `binvision index`, or the challenge's lists. May be repeated.", show_default="index.parquet, where it is needed")]=None,
     seed: _Seed=0,
     bucket: _Bucket="aft-vbi-pds", endpoint: _Endpoint=None, region: _Region="us-east-1", profile: _Profile=None,
     images_only: Annotated[bool, typer.Option("--images-only", help="Leave the documents out.")]=False,

@@ -362,11 +362,12 @@ def test_choices_are_the_same_tomorrow_and_spread_over_all():
     with pytest.raises(UsageError, match="4,000 of count 1, 5,000 are wanted"): c.balanced_ids(index, 5000)
 
 
-def test_the_command_chooses_in_five_ways(data, line, tmp_path):
+def test_the_command_chooses_in_five_ways(data, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out, store = tmp_path / "bins", ["--endpoint", line.url]
     run(out, *store, status=2)
     refused(out, *store, "--list", "udacity", "--sample", 0.1, says="--list and --sample given")
-    refused(out, *store, "--per-count", 2, says="--index")
+    refused(out, *store, "--per-count", 2, says="no index.parquet here")
     refused(out, *store, "--sample", 0, says="sample 0")
     refused(out, *store, "--list", tmp_path / "none.json", says="not a list of bins")
     (tmp_path / "list.json").write_text(json.dumps({"1": [f"data/metadata/{id}.json" for id in ids_of(data)[:3]], "2": ["x/y.json"]}))
@@ -379,7 +380,7 @@ def test_the_command_chooses_in_five_ways(data, line, tmp_path):
     run(out, *store, "--list", tmp_path / "list.json", "--counts", "1", "--metadata-only")
     assert len(bins(out)) == 3 and not list((out / "bin-images").iterdir())
     assert CliRunner().invoke(app, ["index", "--out", str(tmp_path / "index.parquet"), *store]).exit_code == 1  # metadata/broken.json
-    run(out, *store, "--per-count", 2, "--index", tmp_path / "index.parquet", "--images-only")
+    run(out, *store, "--counts", "1-5", "--per-count", 2, "--images-only")  # by the index.parquet that is here
     assert len(list((out / "bin-images").iterdir())) == 10 and "Where they lie" in (out / "ids.html").read_text()
     sampled = run(tmp_path / "sample", *store, "--sample", 1, "--images-only", status=1)  # bin-images/broken.jpg
     assert "60 fetched" in sampled.stdout
