@@ -178,7 +178,7 @@ def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, sp
     assert sorted(table.trial[table.state == "released"]) == sorted(k.number for k in killed)
     assert (table.state == "complete").sum() == n and len(table) == n + KILLS
     for k in killed: assert np.isclose(table.lr[table.trial > k.number], k.params["lr"]).sum() == 1
-    assert read_best(out)["lr"] == table.lr[table.value.idxmin()]
+    assert table.value[np.isclose(table.lr, read_best(out)["lr"])].min() == table.value.min()  # trials may be equally good
     shown = capfd.readouterr()
     assert shown.err.count("SIGKILL") == KILLS and "secret" not in shown.out + shown.err + (out / "config.json").read_text()
 
