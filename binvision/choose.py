@@ -152,7 +152,7 @@ def plot_ids(
 def balance(
     existing:pd.DataFrame, # columns id and count: the data set to even out, such as a manifest
     index:pd.DataFrame, # columns id and count: where new bins come from
-    per_count:int|None=None, # bins of each count in the end; None: the fewest that leave no confound
+    per_count:int|None=None, # bins of each count in the end; None: the fewest, in steps of a tenth of the largest count's, that leave no confound
     counts=None, # which counts; None: those that `existing` has
     seed:int=0, # another seed, other bins
 )->pd.DataFrame: # columns id and count: the bins to fetch

@@ -285,6 +285,11 @@ def _run_folder(out):
     return out or Path(os.environ["SM_OUTPUT_DATA_DIR"])/"run"
 
 
+def _kept(out):
+    "What an interrupted training leaves."
+    return f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume" if (out/"model").exists() else "no epoch was finished, so there is no model"
+
+
 def _hand_over(model, folder):
     "Copy the files of a model into a folder that is there already, each whole; the card comes last."
     from binvision.core import atomic_write
@@ -358,15 +363,12 @@ def train(
 ):
     "Train a model on a manifest. The epoch that is best on the valid part is kept."
     settings = {k: v for k, v in locals().items() if k not in ("mean", "std", "weights", "from_")}
-    settings |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "weights": None if weights == "none" else weights}
-    settings["cache"] = False if cache == "none" else cache
-    settings |= {"manifest": manifest or data/"manifest.csv", "out": (out := _run_folder(out))}
+    settings |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std"), "manifest": manifest or data/"manifest.csv", "out": (out := _run_folder(out)),
+                 "weights": None if weights == "none" else weights, "cache": False if cache == "none" else cache}
     from binvision.learner import train
 
     try: train(**settings)
-    except KeyboardInterrupt:
-        kept = f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume" if (out/"model").exists() else "no epoch was finished, so there is no model"
-        raise KeyboardInterrupt(kept) from None
+    except KeyboardInterrupt: raise KeyboardInterrupt(_kept(out)) from None
     if "SM_MODEL_DIR" in os.environ and os.environ.get("RANK", "0") == "0": _hand_over(out/"model", Path(os.environ["SM_MODEL_DIR"]))
 
 # %% ../nbs/13_cli.ipynb #b4b22ab5

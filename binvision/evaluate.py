@@ -27,7 +27,7 @@ from .core import DataError, ModelError, UsageError, atomic_write, figure, html_
 from .inference import Model, load_image, load_model, predict, preprocess, read_card, softmax
 from .split import read_manifest
 
-# %% ../nbs/09_evaluate.ipynb #80e96780
+# %% ../nbs/09_evaluate.ipynb #5a2c1315
 def decode(
     probabilities:np.ndarray, # (images, counts), each row sums to 1
     counts:list, # the count of each column, ascending
@@ -40,7 +40,7 @@ def decode(
     if how == "mean": return p @ counts
     raise UsageError(f"how={how!r} is no way to decode", 'pass "argmax", "median" or "mean"')
 
-# %% ../nbs/09_evaluate.ipynb #017935f6
+# %% ../nbs/09_evaluate.ipynb #38dc57ab
 STEPS = 10  # of confidence, for the calibration
 FIGURES = {
     "accuracy": "accuracy", "within_one": "within one", "mae": "MAE", "rmse": "RMSE",
@@ -63,7 +63,7 @@ def _rows(y, p, counts):
         confusion.reshape(len(y), -1), np.abs(decode(p, counts, "median") - counts[y]),
         (decode(p, counts, "mean") - counts[y])**2, -np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)), gaps])
 
-# %% ../nbs/09_evaluate.ipynb #13d3a789
+# %% ../nbs/09_evaluate.ipynb #93a13577
 def _figures(sums, counts):
     "All figures of sums `(..., columns)`, with the same leading axes; per class `(..., counts)`."
     k = len(counts)
@@ -80,7 +80,7 @@ def _figures(sums, counts):
         "nll": nll/n, "ece": np.abs(gaps).sum(-1)/n,
         "precision": there*hits/np.maximum(said, 1), "recall": there*hits/np.maximum(support, 1), "f1": f1}
 
-# %% ../nbs/09_evaluate.ipynb #c25f887f
+# %% ../nbs/09_evaluate.ipynb #806444b0
 def _resampled(rows, groups, n_boot, seed):
     "The sums over all images `(columns,)`, and over resamples of whole groups `(n_boot, columns)`."
     order = np.argsort(groups, kind="stable")
@@ -104,7 +104,7 @@ def _interval(value, resampled):
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return {"value": _number(value), "low": _number(low), "high": _number(high)}
 
-# %% ../nbs/09_evaluate.ipynb #e34ed0bb
+# %% ../nbs/09_evaluate.ipynb #b6261797
 def _checked(labels, probabilities, counts, groups=None):
     "Columns of the labels, probabilities, counts, group numbers; or a `UsageError` that says what does not fit."
     labels, p, counts = np.asarray(labels), np.asarray(probabilities, float), np.asarray(counts)
@@ -122,7 +122,7 @@ def _checked(labels, probabilities, counts, groups=None):
     if len(groups) != len(labels): raise UsageError(f"{len(groups)} groups for {len(labels)} labels", "pass one an image")
     return np.searchsorted(counts, labels.astype(int)), p, counts, groups
 
-# %% ../nbs/09_evaluate.ipynb #1179dd83
+# %% ../nbs/09_evaluate.ipynb #db40b44f
 def metrics(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts), each row sums to 1
@@ -160,7 +160,7 @@ def _ece_ends(value, resampled, calibrated):
     low = 0 if value <= calibrated else max(0, 2*value - high)
     return {"low": float(low), "high": float(high - (resampled.mean() - value))}
 
-# %% ../nbs/09_evaluate.ipynb #7da86061
+# %% ../nbs/09_evaluate.ipynb #82803cbb
 def constants(
     labels:np.ndarray, # (images,), true counts of the evaluated part
     train_labels:np.ndarray, # true counts of the training part, from which the answers come
@@ -189,7 +189,7 @@ def _constant(labels, answer, counts, groups, n_boot, seed):
     names = ("accuracy", "within_one", "mae", "rmse", "macro_f1")
     return {"answer": float(answer)} | {name: _interval(now[name], again[name]) for name in names}
 
-# %% ../nbs/09_evaluate.ipynb #31b3b4c2
+# %% ../nbs/09_evaluate.ipynb #7c61847a
 def metrics_table(
     m:dict, # what `metrics` gave
     constants:dict=None, # what `constants` gave
@@ -211,7 +211,7 @@ def class_table(
         f"{name} {end}".replace(" value", ""): row[name][end] for name in PER_CLASS for end in ("value", "low", "high")}
         for count, row in m["per_class"].items()}).T.astype({"support": int}).rename_axis("count")
 
-# %% ../nbs/09_evaluate.ipynb #b40a6b98
+# %% ../nbs/09_evaluate.ipynb #68528255
 def difference(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts) of the one model
@@ -230,7 +230,7 @@ def difference(
     return pd.DataFrame({FIGURES[name]: _interval(now[name] - then[name], again[name] - before[name])
                          for name in FIGURES if name != "ece"}).T.rename(columns={"value": "difference"}).astype(float)
 
-# %% ../nbs/09_evaluate.ipynb #8758a60c
+# %% ../nbs/09_evaluate.ipynb #af1095d4
 MAIN, ACCENT, GREY = "#2a6f97", "#e07a3f", "#8a8a8a"
 _BLUES = LinearSegmentedColormap.from_list("bins", ["#ffffff", MAIN])
 
@@ -270,7 +270,7 @@ def plot_recall(
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/09_evaluate.ipynb #fa3c7b6a
+# %% ../nbs/09_evaluate.ipynb #fc41a94d
 def calibration(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
@@ -303,7 +303,7 @@ def plot_calibration(
     ax.legend(frameon=False, loc="upper left")
     return ax
 
-# %% ../nbs/09_evaluate.ipynb #862a04d9
+# %% ../nbs/09_evaluate.ipynb #1eb97c68
 def coverage(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
@@ -337,7 +337,7 @@ def plot_coverage(
            title="Answering only when sure")
     return ax
 
-# %% ../nbs/09_evaluate.ipynb #e49335a1
+# %% ../nbs/09_evaluate.ipynb #aeb0e5a8
 def _result(source):
     "The metrics in a report folder, a metrics.json, a result of `evaluate` or of `metrics`; and what they were taken on."
     if not isinstance(source, dict):
@@ -378,7 +378,7 @@ def plot_comparison(
     ax.set(yticks=place, yticklabels=table.index, ylim=(len(table) - .4, -.6), xlabel=title, title=f"{title}, 95 % intervals")
     return ax
 
-# %% ../nbs/09_evaluate.ipynb #6b2e0e7a
+# %% ../nbs/09_evaluate.ipynb #919584e7
 def _part(manifest, part, counts, name="the manifest"):
     "The manifest's rows of one part; an error if the model cannot be asked about them."
     rows = manifest[manifest.part == part].reset_index(drop=True)
@@ -403,7 +403,7 @@ def _answered(model, rows, batch_size):
         predicted=pd.array([a.count for a in answers], dtype="Int64"), confidence=[a.confidence for a in answers],
         expected=[a.expected for a in answers], **chances, error=error)
 
-# %% ../nbs/09_evaluate.ipynb #9ab3b476
+# %% ../nbs/09_evaluate.ipynb #f5e8155a
 def _grid(n, columns, side=2.1):
     "A figure of `n` pictures without axes, and their axes."
     columns = max(1, min(n, columns))
@@ -431,7 +431,7 @@ def plot_mistakes(
     if not len(wrong): fig.suptitle("no mistakes")
     return fig
 
-# %% ../nbs/09_evaluate.ipynb #460a2a2a
+# %% ../nbs/09_evaluate.ipynb #d67928ae
 def _network(model):
     "The card of a model folder and its network in torch."
     from binvision.learner import load_torch
@@ -483,7 +483,7 @@ def plot_grad_cam(
         ax.set_title(f"{titles[i]}\nwhy {count}?" if titles else f"why {count}?", fontsize=9)
     return fig
 
-# %% ../nbs/09_evaluate.ipynb #70043722
+# %% ../nbs/09_evaluate.ipynb #1deef0a5
 def _seen(card, rows):
     "How many of the rows the model was trained on, where its manifest is still at hand; else `None`."
     path = (card.get("training") or {}).get("manifest")
@@ -506,7 +506,7 @@ def _warnings(card, manifest, rows, part):
     if not (manifest.part == "train").any():
         yield "The manifest has no training part: the constants are taken from the evaluated bins themselves."
 
-# %% ../nbs/09_evaluate.ipynb #f4eb5486
+# %% ../nbs/09_evaluate.ipynb #0894ef6d
 def _version(package):
     try: return version(package)
     except PackageNotFoundError: return None
@@ -532,7 +532,7 @@ def _provenance(model, data, manifest, part):
                       "manifest_sha256": card.get("manifest_sha256")},
             "hardware": _hardware(), "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages}}
 
-# %% ../nbs/09_evaluate.ipynb #47e5340e
+# %% ../nbs/09_evaluate.ipynb #5f7c1669
 def _lead(result):
     "The result in a sentence or two."
     m, best = result["metrics"], max(result["constants"].values(), key=lambda c: c["accuracy"]["value"])
@@ -586,7 +586,7 @@ def _report(result, table, model, cams):
     sections.append(("Circumstances", [pd.Series(_flat(circumstances), name="value").to_frame()]))
     return html_page(f"{model.card['arch']} on the {result['part']} part", sections, _lead(result))
 
-# %% ../nbs/09_evaluate.ipynb #9b90580c
+# %% ../nbs/09_evaluate.ipynb #5e599f07
 class Mirrored(Model):
     "A model that looks at each picture as it is and mirrored, and averages the two distributions."
 
@@ -597,7 +597,7 @@ class Mirrored(Model):
         both = softmax(super().logits(batch)) + softmax(super().logits(np.ascontiguousarray(batch[..., ::-1])))
         return np.log(np.clip(both / 2, 1e-30, 1)).astype(np.float32)
 
-# %% ../nbs/09_evaluate.ipynb #b9b468ad
+# %% ../nbs/09_evaluate.ipynb #41f2416c
 def evaluate(
     model, # a model folder, or a `Model`
     data:str|os.PathLike, # the data set folder
@@ -641,7 +641,7 @@ def _write(out, result, table, model, cams):
     with atomic_write(out/"metrics.json", "w") as file: json.dump(result, file, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(out/"report.html", "w") as file: file.write(page)
 
-# %% ../nbs/09_evaluate.ipynb #c2f71754
+# %% ../nbs/09_evaluate.ipynb #6baae180
 def read_predictions(
     report:str|os.PathLike, # a folder that `evaluate` wrote
 )->dict: # labels, probabilities, counts and groups, as `metrics` takes them

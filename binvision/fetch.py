@@ -46,11 +46,8 @@ class Bucket:
     timeout:float=30 # seconds after which a request is given up, stalled ones too, and asked again
     attempts:int=8 # how often to ask for one object before it counts as failed
 
-    def open(
-        self,
-        retries:int=0, # how often obstore itself asks again; objects are asked again by `fetch`, which counts
-    ): # an `obstore.store.S3Store`
-        "The client; nothing is asked yet."
+    def open(self): # an `obstore.store.S3Store`
+        "The client; nothing is asked yet, and it asks once: `fetch` asks again itself, and counts."
         from obstore.store import S3Store
 
         if self.endpoint and not re.match(r"https?://[^/\s]", self.endpoint):
@@ -59,7 +56,7 @@ class Bucket:
         options = {"timeout": f"{round(self.timeout * 1000)}ms", "connect_timeout": f"{round(min(self.timeout, 10) * 1000)}ms",
                    "allow_http": (self.endpoint or "").startswith("http://")}
         where = {"endpoint": self.endpoint} if self.endpoint else {}
-        return S3Store(self.name, region=self.region, client_options=options, retry_config={"max_retries": retries}, **where, **access)
+        return S3Store(self.name, region=self.region, client_options=options, retry_config={"max_retries": 0}, **where, **access)
 
     def _credentials(self):
         "What AWS's configuration files and environment say of the profile."
@@ -104,6 +101,15 @@ def _connection(text):
     return text.rpartition(" - ")[2].rpartition("HTTP error: ")[2].splitlines()[0][:120]
 
 
+@contextmanager
+def _asking(bucket):
+    "Turn the client's errors into a `_Failure`."
+    from obstore.exceptions import BaseError
+
+    try: yield
+    except (BaseError, OSError, ValueError) as e: raise _failure(e, bucket) from e
+
+
 def _place(bucket): return f"bucket {bucket.name} at {bucket.endpoint or 'AWS'}"
 
 # %% ../nbs/03_fetch.ipynb #648c4349
@@ -141,12 +147,9 @@ def _whole(key, raw, max_side=None):
 # %% ../nbs/03_fetch.ipynb #5e5e642a
 def _once(store, bucket, key):
     "One request: an object's bytes, their MD5, and whether that is the one that the store gives."
-    from obstore.exceptions import BaseError
-
-    try:
+    with _asking(bucket):
         got = store.get(key)
         raw = bytes(got.bytes())
-    except (BaseError, OSError, ValueError) as e: raise _failure(e, bucket) from e
     size, etag = got.meta["size"], (got.meta["e_tag"] or "").strip('"')
     if len(raw) != size: raise _Failure("broken", f"{len(raw):,} bytes came of {size:,}", True)
     md5, proven = hashlib.md5(raw, usedforsecurity=False), bool(re.fullmatch("[0-9a-f]{32}", etag))
@@ -397,10 +400,10 @@ class Estimate:
 
 def _size(store, bucket, key):
     "The size of an object in bytes, None if it is missing."
-    try: return store.head(key)["size"]
-    except Exception as e: failure = _failure(e, bucket)
-    if failure.kind == "missing": return None
-    raise failure
+    try:
+        with _asking(bucket): return store.head(key)["size"]
+    except _Failure as e:
+        if e.kind != "missing": raise
 
 
 def estimate(
@@ -432,8 +435,7 @@ def list_ids(
 ): # lists of ids, a page of at most a thousand keys each, in the store's order
     "The ids of all bins in a bucket, page by page; no more than a page is in memory. Raises `DataError` if it cannot be listed."
     def page(offset):
-        try: return next(iter(store.list(f"{folder}/", offset=offset, chunk_size=_PAGE)), [])
-        except Exception as e: raise _failure(e, bucket) from e
+        with _asking(bucket): return next(iter(store.list(f"{folder}/", offset=offset, chunk_size=_PAGE)), [])
 
     store, suffix, stop = bucket.open(), ".jpg" if folder == "bin-images" else ".json", stop or threading.Event()
     offset = f"{folder}/{after}{suffix}" if after else None
@@ -449,8 +451,9 @@ def list_ids(
 def _counts(ids, bucket, store, concurrency, stop):
     "A table id, count, problem of the documents of `ids`, in their order."
     def one(id):
-        try: return id, parse_document(_patiently(bucket, stop, _get, store, bucket, f"metadata/{id}.json")[0], id)[0]["count"], None
+        try: raw, *_ = _patiently(bucket, stop, _get, store, bucket, f"metadata/{id}.json")
         except _Failure as e: return id, None, f"{e.kind}: {e.reason}"
+        try: return id, parse_document(raw, id)[0]["count"], None
         except DataError as e: return id, None, f"broken: {e.problem}"
 
     line, rows = _Line(bucket, max(2 * concurrency, 20)), {}
@@ -478,6 +481,7 @@ def index(
     out, stop = Path(out), threading.Event()
     parts = out.with_name(f".{out.name}.parts")
     store = bucket.open()
+    if out.exists(): _check_index(out)
     with _locked(parts), _progress(progress, unit="document", desc="index") as bar:
         for left in out.parent.glob(f".{out.name}.*.part"): left.unlink()
         if out.exists(): _read_again(out, bucket, store, concurrency, stop)
@@ -509,6 +513,13 @@ def _join(files, out, bucket):
     if not files: raise DataError(f"{_place(bucket)}: holds no documents", "it has to have metadata/<id>.json; check the name")
     with atomic_write(out) as file, pq.ParquetWriter(file, _INDEX) as writer:
         for part in files: writer.write_table(pq.read_table(part))
+
+
+def _check_index(out):
+    "Refuse to write over a file that `index` did not make."
+    try: names = pq.read_schema(out).names
+    except pa.ArrowInvalid: names = []
+    if names != _INDEX.names: raise UsageError(f"{out}: is there already and is no index of a bucket", "move it away, or pass another --out")
 
 
 def _read_again(out, bucket, store, concurrency, stop):

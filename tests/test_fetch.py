@@ -427,3 +427,12 @@ def test_the_index_goes_on_after_kills_and_reads_again_what_failed(data, line, t
     line.always, asked = {}, len(line.log)
     table = f.index(out, Bucket(endpoint=line.url)).set_index("id")
     assert len(line.log) - asked == 2 and dict(table["count"].dropna()) == expected and list(table.index[table["count"].isna()]) == ["broken"]
+
+
+def test_a_file_that_is_no_index_is_left_alone(line, tmp_path):
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "mine.parquet")
+    (tmp_path / "mine.txt").write_text("three years")
+    for name in ("mine.parquet", "mine.txt"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UsageError, match="is no index"): f.index(tmp_path / name, Bucket(endpoint=line.url))
+        assert (tmp_path / name).read_bytes() == before and len(list(tmp_path.iterdir())) == 2
