@@ -43,12 +43,12 @@ def options(rest):
     "The options of `binvision train` as the arguments of its function."
     from typer.main import get_command
 
-    from binvision.cli import app
+    from binvision.cli import _numbers, app
 
     command = get_command(app).commands["train"]
     context = command.make_context("train", ["data", "manifest", "--out", "out", *rest])
     given = {k: v for k, v in context.params.items() if context.get_parameter_source(k).name == "COMMANDLINE" and k not in ("data", "manifest", "out")}
-    return {k: None if (k, v) == ("weights", "none") else [float(x) for x in v.split(",")] if k in ("mean", "std") else v for k, v in given.items()}
+    return {k: None if (k, v) == ("weights", "none") else _numbers(v, f"--{k}") if k in ("mean", "std") else v for k, v in given.items()}
 
 
 def synthetic(home, n):
@@ -61,16 +61,13 @@ def synthetic(home, n):
     return data, home / "manifest.csv"
 
 
-def predictions(run, data, manifest):
-    "A run's distributions on the validation part, plain and mirrored; written beside the model once."
+def answers(run, data, manifest, part="valid", tta=False, name=None):
+    "A run's distributions on a part, plain or mirrored too; written beside the runs once, under `name`."
     from binvision.evaluate import evaluate, read_predictions
 
-    found = {}
-    for name in ("report-valid", "report-valid-tta"):
-        if not (run.parent / name / run.name / "predictions.csv").exists():
-            evaluate(run / "model", data, manifest, "valid", run.parent / name / run.name, n_boot=0, cams=0, tta=name.endswith("tta"))
-        found[name] = read_predictions(run.parent / name / run.name)
-    return found["report-valid"], found["report-valid-tta"]
+    report = run.parent / (name or f"report-{part}{'-tta' if tta else ''}") / run.name
+    if not (report / "predictions.csv").exists(): evaluate(run / "model", data, manifest, part, report, n_boot=0, cams=0, tta=tta)
+    return read_predictions(report)
 
 
 def errors(p):
@@ -102,9 +99,9 @@ def resample(all_errors, groups, n_boot):
 
 def table(runs, data, manifest, n_boot):
     "A row a recipe: figures with intervals, change against the default, cost."
-    found = {r: [predictions(run, data, manifest) for run in folders] for r, folders in runs.items()}
-    kinds = {r: [errors(p) for p, _ in ps] for r, ps in found.items()} | {"default, mirrored too (tta)": [errors(p) for _, p in found["default"]]}
-    groups = found["default"][0][0]["groups"]
+    found = {r: [answers(run, data, manifest) for run in folders] for r, folders in runs.items()}
+    found["default, mirrored too (tta)"] = [answers(run, data, manifest, tta=True) for run in runs["default"]]
+    kinds, groups = {r: [errors(p) for p in ps] for r, ps in found.items()}, found["default"][0]["groups"]
     again = resample(kinds, groups, n_boot)
     seconds = {r: np.mean([pd.read_csv(run / "history.csv").seconds.sum() for run in folders]) for r, folders in runs.items()}
     interval = lambda x: "{:.3f} to {:.3f}".format(*np.percentile(x, [2.5, 97.5]))

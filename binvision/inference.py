@@ -144,6 +144,8 @@ def read_card(
                          "upgrade: pip install --upgrade binvision")
     if missing := [key for key in CARD_KEYS if key not in card]:
         raise ModelError(f"{path}: lacks {', '.join(missing)}", "take the folder from its source again")
+    if not all(isinstance(card[key], list) and len(card[key]) == 3 for key in ("mean", "std")):
+        raise ModelError(f"{path}: mean and std are not three numbers each", "write them for red, green and blue")
     return card
 
 

@@ -77,6 +77,19 @@ def _load_backbone(model, path, arch):
     model.load_state_dict(usable, strict=False)
 
 
+def _is_model(weights): return weights not in (None, "imagenet") and Path(weights).is_dir()
+
+
+def _load_model(folder, arch, n_out):
+    "The network of a model folder, with a fresh last layer."
+    card = read_card(folder)
+    if card["arch"] != arch: raise ModelError(f"{folder}: is a model of {card['arch']}, not of {arch}", f"pass arch={card['arch']!r} (--arch)")
+    model = load_torch(folder).train()
+    last = model[1][-1]
+    model[1][-1] = nn.Linear(last.in_features, n_out, bias=last.bias is not None)
+    return model
+
+
 def _download(arch, get):
     "Run `get`, which may download ImageNet weights for `arch`; without a network say what to pass instead."
     try: return get()
@@ -109,9 +122,10 @@ def _undecided(model):
 def build_model(
     arch:str, # a torchvision or timm architecture, such as `"resnet50"`
     n_out:int, # how many counts there are
-    weights:str|os.PathLike|None="imagenet", # `"imagenet"` (downloaded once), a weights file, or `None` for random ones
+    weights:str|os.PathLike|None="imagenet", # `"imagenet"` (downloaded once), a weights file, a model folder, or `None` for random ones
 )->nn.Sequential: # body and head; n × 3 × size × size to n × n_out logits
     "A network for counting: a pretrained body and a fresh head."
+    if _is_model(weights): return _undecided(_load_model(weights, arch, n_out))
     if arch in torchvision.models.list_models(module=torchvision.models):
         body = _torchvision_body(arch, weights)
         return _undecided(add_head(body, num_features_model(body), n_out))
@@ -148,7 +162,7 @@ def _groups(model):
 def bin_learner(
     dls:DataLoaders, # from `bin_dataloaders`
     arch:str="resnet50", # a torchvision or timm architecture
-    weights:str|os.PathLike|None="imagenet", # `"imagenet"`, a weights file, or `None` for random ones
+    weights:str|os.PathLike|None="imagenet", # `"imagenet"`, a weights file, a model folder, or `None` for random ones
     path:str|os.PathLike=".", # where fastai keeps files of this learner
     loss:str="cross_entropy", # or `"soft"` or `"ordinal"`: see `binvision.recipes`
     **kwargs, # handed to `fastai.learner.Learner`
@@ -398,12 +412,22 @@ def _hardware(device):
 def _processes(): return f" in {num_distrib()} processes" if num_distrib() > 1 else ""
 
 
-def _defaults(arch, mean, std):
-    "The mean and standard deviation to normalise with: as given, or what the architecture's ImageNet weights expect."
-    timm_only = timm.is_model(arch) and not hasattr(torchvision.models, arch)
-    known = timm.get_pretrained_cfg(arch) if timm_only else None
-    spread = lambda x, usual: [float(v) for v in (usual if x is None else [x] * 3 if np.isscalar(x) else x)]
-    return spread(mean, known.mean if known else IMAGENET[0]), spread(std, known.std if known else IMAGENET[1])
+def _defaults(arch, weights, mean, std):
+    "The mean and standard deviation to normalise with: as given, or what the weights expect."
+    if _is_model(weights): usual = read_card(weights)
+    else:
+        known = timm.get_pretrained_cfg(arch) if timm.is_model(arch) and not hasattr(torchvision.models, arch) else None
+        usual = {"mean": known.mean, "std": known.std} if known else dict(zip(("mean", "std"), IMAGENET))
+    return [_three(name, usual[name] if given is None else given) for name, given in (("mean", mean), ("std", std))]
+
+
+def _three(name, numbers):
+    "A number for each colour."
+    try: values = np.broadcast_to(np.asarray(numbers, float), 3)
+    except ValueError: values = np.full(3, np.nan)
+    if not np.isfinite(values).all() or (name == "std" and (values <= 0).any()):
+        raise UsageError(f"{name} {numbers}: not one number or three" + (" above 0" if name == "std" else ""), "pass for example mean=0.5, std=0.5")
+    return values.tolist()
 
 # %% ../nbs/08_learner.ipynb #2a5f45c9
 def _search_lr(learn, out):
@@ -452,7 +476,7 @@ def train(
     manifest:str|os.PathLike, # a manifest that `split` wrote
     out:str|os.PathLike, # the run folder to make
     arch:str="resnet50", # a torchvision or timm architecture
-    weights:str|os.PathLike|None="imagenet", # `"imagenet"` (downloaded once), a .safetensors or .pth file, or `None`
+    weights:str|os.PathLike|None="imagenet", # `"imagenet"` (downloaded once), a .safetensors or .pth file, a model folder, or `None`
     size:int=224, # side of the square input, pixels
     resize:str="squash", # `"squash"` or `"pad"`
     batch_size:int=32, # pictures a step, in each process
@@ -461,7 +485,7 @@ def train(
     frozen_epochs:int=1, # epochs with the head alone, before
     patience:int=4, # stop after so many epochs without a lower validation loss
     augment:float=1., # strength of flips, rotations and light; 0 is none
-    mean=None, # for normalisation, one number or three; `None` for what the architecture's ImageNet weights expect
+    mean=None, # for normalisation, one number or three; `None` for what the weights expect
     std=None, # likewise
     seed:int=0, # of weights, order and augmentation
     workers:int|None=None, # processes that decode pictures; `None` for the number of cores, at most 16
@@ -481,7 +505,7 @@ def train(
 )->Path: # the run folder
     "Train a model for counting, and write a run folder with the model in `out/model`."
     config = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in locals().items() if k not in ("overwrite", "resume", "out", "cbs")}
-    config["mean"], config["std"] = _defaults(arch, mean, std)
+    config["mean"], config["std"] = _defaults(arch, weights, mean, std)
     out, config["manifest_sha256"] = Path(out), read_manifest(manifest).attrs["sha256"]
     old = _found_run(out, config, overwrite, resume)
     if old == "finished": _say(f"{out}: is finished; its model is {out/'model'}")

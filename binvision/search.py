@@ -341,7 +341,7 @@ def _take(function, config):
 
 def _full_learner(job, config, path):
     "The learner that `train` would make."
-    mean, std = _defaults(config["arch"], config["mean"], config["std"])
+    mean, std = _defaults(config["arch"], config["weights"], config["mean"], config["std"])
     dls = bin_dataloaders(job.data, job.manifest, workers=job.loaders, **_take(bin_dataloaders, config | {"mean": mean, "std": std}))
     return bin_learner(dls, path=path, wd=config["weight_decay"], **_take(bin_learner, config))
 
@@ -626,8 +626,9 @@ def _options(given, frozen):
 
 
 def _weights(weights):
-    "What weights are, wherever their file lies on this machine."
-    return weights if weights in (None, "imagenet") else sha256(weights)
+    "What weights are, wherever their file or model folder lies on this machine."
+    if weights in (None, "imagenet"): return weights
+    return sha256(Path(weights)/"model.safetensors" if Path(weights).is_dir() else weights)
 
 
 def _same(study, job, manifest_sha):
@@ -667,7 +668,7 @@ def _checked(job):
     for loss in losses: count_loss(loss, 2)
     if job.metric == "valid_loss" and len(losses) > 1: raise UsageError("metric valid_loss: different losses cannot be compared", "search for accuracy or mae, or fix the loss")
     weights = job.options["weights"]
-    if weights not in (None, "imagenet") and not Path(weights).is_file(): raise UsageError(f"{weights}: no such file", "check the path of the weights")
+    if weights not in (None, "imagenet") and not Path(weights).exists(): raise UsageError(f"{weights}: no such file", "check the path of the weights")
     if job.frozen and weights is None:
         raise UsageError("a frozen search without weights: random features teach nothing", "pass weights")
     parts = manifest_images(job.data, job.manifest).part.value_counts()
@@ -785,7 +786,7 @@ def cache_features(
     manifest, # a manifest: DataFrame or path
     folder:str|os.PathLike, # where caches are kept, one folder each
     arch:str="resnet50", # a torchvision or timm architecture
-    weights:str|os.PathLike="imagenet", # `"imagenet"` or a weights file
+    weights:str|os.PathLike="imagenet", # `"imagenet"`, a weights file or a model folder
     size:int=224, # side of the square input, pixels
     resize:str="squash", # `"squash"` or `"pad"`
     mean=None, # for normalisation; `None` for what the weights expect
@@ -794,7 +795,7 @@ def cache_features(
     device=None, # a torch device; `None` for CUDA if there is one
 )->Path: # folder with train.npy (2 × n × d: as it is, mirrored), valid.npy (1 × n × d) and their labels
     "The features of all training and validation pictures, computed once and kept on disk."
-    mean, std = _defaults(arch, mean, std)
+    mean, std = _defaults(arch, weights, mean, std)
     rows = manifest_images(data, manifest)
     rows = rows[rows.part.isin(["train", "valid"])]
     config = {"arch": arch, "weights": weights, "size": size, "resize": resize, "mean": mean, "std": std}
