@@ -592,9 +592,9 @@ class Mirrored(Model):
 
     def __init__(self, model): self.__dict__ |= (model if isinstance(model, Model) else load_model(model)).__dict__
 
-    def logits(self, batch:np.ndarray)->np.ndarray:
+    def logits(self, batch:np.ndarray, beside:bool=False)->np.ndarray:
         "As `Model.logits`: the logarithms of the averaged probabilities."
-        both = softmax(super().logits(batch)) + softmax(super().logits(np.ascontiguousarray(batch[..., ::-1])))
+        both = softmax(super().logits(batch, beside)) + softmax(super().logits(np.ascontiguousarray(batch[..., ::-1]), beside))
         return np.log(np.clip(both / 2, 1e-30, 1)).astype(np.float32)
 
 # %% ../nbs/09_evaluate.ipynb #41f2416c

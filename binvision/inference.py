@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -222,16 +222,14 @@ class Model:
             raise ModelError(f"{path}: gives {n} numbers, and the card names {len(self.card['counts'])} counts",
                              "take the whole model folder from its source again")
 
-    def logits(self, batch:np.ndarray)->np.ndarray:
-        "n × 3 × size × size float32 (from `preprocess`) to n × number of counts, float32."
-        return self.session.run(None, {self.input: batch})[0]
+    def logits(self, batch:np.ndarray, beside:bool=False)->np.ndarray:
+        "n × 3 × size × size float32 (from `preprocess`) to n × number of counts, float32; with `beside`, on one core, while others compute too."
+        return (self._alone if beside else self.session).run(None, {self.input: batch})[0]
 
     @cached_property
     def _alone(self):
         "A session that computes in the thread that calls it; several such threads together do more than one call with several threads."
         return self.session if self.backend == "cuda" or self.threads == 1 else _session(self.path, self.backend, 1)
-
-    def _logits_alone(self, batch): return self._alone.run(None, {self.input: batch})[0]
 
     def __repr__(self): return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
 
@@ -343,7 +341,7 @@ def predict_stream(
         for items in first: yield from _whole(model, items, model.logits)
         return
     _ = model._alone  # made here, once, and not by several threads
-    start = lambda items: pool.submit(_whole, model, items, model._logits_alone)
+    start = lambda items: pool.submit(_whole, model, items, partial(model.logits, beside=True))
     with ThreadPoolExecutor(max_workers=model.threads) as pool:
         ahead = deque(map(start, first + list(islice(batches, max(0, model.threads - 1)))))
         try:

@@ -253,7 +253,7 @@ class Service:
 
     def network(self, batch, others):
         "Logits of a batch: on all cores, or on one where other batches are computed too."
-        return (self.model._logits_alone if others else self.model.logits)(batch)
+        return self.model.logits(batch, beside=others)
 
     @property
     def ready(self): return self.worker is not None and not self.worker.done()
@@ -539,8 +539,8 @@ def running(
 def _warm_up(model, batch):
     "Run the network once on nothing, alone and as a batch, so that the first callers do not wait for it."
     side = model.card["size"]
-    for run in (model.logits, model._logits_alone):
-        for n in {1, batch}: run(np.zeros((n, 3, side, side), np.float32))
+    for beside in (False, True):
+        for n in {1, batch}: model.logits(np.zeros((n, 3, side, side), np.float32), beside)
 
 
 def _log_json_lines():
