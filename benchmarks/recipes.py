@@ -10,6 +10,7 @@ The validation part decides (it also chose the best epoch and the temperature, f
 Intervals are 95 %, from a bootstrap that draws groups of bins and, as each resample's model, one of the seeds: they hold the luck of the
 bins and that of the seeds. `change` is the recipe minus the default on the same draws. Cost is seconds of training relative to the
 default's. Decoding by goal (argmax for accuracy, median for MAE, mean for RMSE) is free, and given for each.
+Two rows need no training of their own: the default on each picture and its mirror image, and the default's seeds, their distributions averaged.
 """
 import argparse
 import json
@@ -101,6 +102,9 @@ def table(runs, data, manifest, n_boot):
     "A row a recipe: figures with intervals, change against the default, cost."
     found = {r: [answers(run, data, manifest) for run in folders] for r, folders in runs.items()}
     found["default, mirrored too (tta)"] = [answers(run, data, manifest, tta=True) for run in runs["default"]]
+    if len(runs["default"]) > 1:
+        together = np.mean([p["probabilities"] for p in found["default"]], 0)
+        found["default, seeds averaged"] = [found["default"][0] | {"probabilities": together}]
     kinds, groups = {r: [errors(p) for p in ps] for r, ps in found.items()}, found["default"][0]["groups"]
     again = resample(kinds, groups, n_boot)
     seconds = {r: np.mean([pd.read_csv(run / "history.csv").seconds.sum() for run in folders]) for r, folders in runs.items()}

@@ -1,0 +1,57 @@
+"""The parts of the benchmarks that decide what is compared with what."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+
+def manifest(sizes, part):
+    "Groups of bins of the given sizes, in the given parts."
+    return pd.DataFrame([{"id": f"{g}-{n}", "count": n % 5 + 1, "group": f"{g}", "part": p} for g, (size, p) in enumerate(zip(sizes, part)) for n in range(size)])
+
+
+def test_options_reach_train_as_the_command_would_pass_them():
+    from recipes import options
+
+    given = options(["--arch", "resnet18", "--weights", "none", "--mean", "0.5", "--std", "0.2,0.3,0.4", "--size", "64", "--mixup", "0.1"])
+    assert given == {"arch": "resnet18", "weights": None, "mean": .5, "std": [.2, .3, .4], "size": 64, "mixup": .1}
+
+
+def test_a_smaller_training_set_holds_whole_groups_and_lies_in_the_larger():
+    from learning_curve import some
+
+    rows = manifest(np.random.default_rng(0).integers(1, 9, 200), ["train"] * 200)
+    small, large = some(rows, 100, 3), some(rows, 400, 3)
+    assert 100 <= len(small) < 109 and 400 <= len(large) < 409 and set(small.id) < set(large.id)
+    assert all(len(own) == (rows.group == name).sum() for name, own in small.groupby("group"))
+    assert set(small.id) != set(some(rows, 100, 4).id)
+
+
+def test_what_another_source_adds_has_no_relative_among_the_bins_that_are_judged_by():
+    from learning_curve import further
+
+    wider = manifest([5] * 60, ["train", "valid", "test"] * 20)
+    own = wider[wider.id.str.endswith(("-0", "-1")) & (wider.group.astype(int) < 30)]  # the rest is the other source; some of it in the same groups
+    added = further(own, wider)
+    judged = set(own.group[own.part != "train"])
+    assert not set(added.id) & set(own.id) and not set(added.group) & judged
+    assert set(added.part) == {"train", "test"} and added.groupby("group").part.nunique().max() == 1
+    held = added[added.part == "test"]
+    assert not set(held.group) & set(own.group) and len(held) == pytest.approx(len(added) / 5, abs=8)
+
+
+def test_a_recipe_is_compared_with_the_default_on_the_same_bins():
+    from recipes import resample
+
+    random = np.random.default_rng(0)
+    default = random.random((80, 5))
+    again = resample({"default": [default], "worse by a tenth": [default + .1]}, np.arange(80) // 2, 50)
+    change = again["worse by a tenth"][:, [0, 1, 3]] - again["default"][:, [0, 1, 3]]
+    assert change == pytest.approx(.1) and again["default"][:, 0].std() > .01
