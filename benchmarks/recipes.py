@@ -10,7 +10,8 @@ The validation part decides (it also chose the best epoch and the temperature, f
 Intervals are 95 %, from a bootstrap that draws groups of bins and, as each resample's model, one of the seeds: they hold the luck of the
 bins and that of the seeds. `change` is the recipe minus the default on the same draws. Cost is seconds of training relative to the
 default's. Decoding by goal (argmax for accuracy, median for MAE, mean for RMSE) is free, and given for each.
-Two rows need no training of their own: the default on each picture and its mirror image, and the default's seeds, their distributions averaged.
+Some rows need no training of their own: the default on each picture and its mirror image, and the distributions of a recipe's seeds
+averaged, or those of all runs (what `binvision ensemble` makes a model of).
 """
 import argparse
 import json
@@ -72,17 +73,19 @@ def answers(run, data, manifest, part="valid", tta=False, name=None):
 
 
 def errors(p):
-    "What each image adds to accuracy, MAE and squared error, decoded by argmax and by the best way for each."
+    "What each image adds to the figures: decoded by argmax, by the best way for each, and as a distribution."
     from binvision.evaluate import decode
 
     off = {how: decode(p["probabilities"], p["counts"], how) - p["labels"] for how in ("argmax", "median", "mean")}
-    return np.column_stack([off["argmax"] == 0, np.abs(off["argmax"]), off["argmax"]**2, np.abs(off["median"]), off["mean"]**2]).astype(float)
+    chance = p["probabilities"][np.arange(len(p["labels"])), np.searchsorted(p["counts"], p["labels"])]
+    return np.column_stack([off["argmax"] == 0, np.abs(off["argmax"]), off["argmax"]**2, np.abs(off["median"]), off["mean"]**2,
+                            -np.log(chance.clip(1e-12))]).astype(float)
 
 
-FIGURES = ("accuracy", "MAE", "RMSE", "MAE of the median", "RMSE of the mean")
+FIGURES = ("accuracy", "MAE", "RMSE", "MAE of the median", "RMSE of the mean", "negative log likelihood")
 
 
-def figures(sums, n): return np.where(np.array([0, 0, 1, 0, 1], bool), np.sqrt(sums / n), sums / n)
+def figures(sums, n): return np.where([name.startswith("RMSE") for name in FIGURES], np.sqrt(sums / n), sums / n)
 
 
 def resample(all_errors, groups, n_boot):
@@ -102,12 +105,15 @@ def table(runs, data, manifest, n_boot):
     "A row a recipe: figures with intervals, change against the default, cost."
     found = {r: [answers(run, data, manifest) for run in folders] for r, folders in runs.items()}
     found["default, mirrored too (tta)"] = [answers(run, data, manifest, tta=True) for run in runs["default"]]
-    if len(runs["default"]) > 1:
-        together = np.mean([p["probabilities"] for p in found["default"]], 0)
-        found["default, seeds averaged"] = [found["default"][0] | {"probabilities": together}]
+    seconds = {r: [pd.read_csv(run / "history.csv").seconds.sum() for run in folders] for r, folders in runs.items()}
+    cost = {r: np.mean(s) for r, s in seconds.items()} | {"default, mirrored too (tta)": np.mean(seconds["default"])}
+    for r, folders in (runs | {"all of these": sum(runs.values(), [])}).items():
+        several = [p for name in (runs if r == "all of these" else [r]) for p in found[name]]
+        if len(several) == 1: continue
+        found[f"{r}, averaged"] = [several[0] | {"probabilities": np.mean([p["probabilities"] for p in several], 0)}]
+        cost[f"{r}, averaged"] = sum(sum(seconds[name]) for name in (runs if r == "all of these" else [r]))
     kinds, groups = {r: [errors(p) for p in ps] for r, ps in found.items()}, found["default"][0]["groups"]
     again = resample(kinds, groups, n_boot)
-    seconds = {r: np.mean([pd.read_csv(run / "history.csv").seconds.sum() for run in folders]) for r, folders in runs.items()}
     interval = lambda x: "{:.3f} to {:.3f}".format(*np.percentile(x, [2.5, 97.5]))
     rows = []
     for r, seeds in kinds.items():
@@ -115,7 +121,7 @@ def table(runs, data, manifest, n_boot):
         row = {"recipe": r, "seeds": len(seeds)}
         for j, name in enumerate(FIGURES):
             row |= {name: round(values[j], 4), f"{name}, 95 %": interval(again[r][:, j]), f"{name}, change": interval(again[r][:, j] - again["default"][:, j])}
-        rows.append(row | {"cost": round(seconds.get(r, seconds["default"]) / seconds["default"], 2)})
+        rows.append(row | {"cost": round(cost[r] / cost["default"], 2)})
     return pd.DataFrame(rows)
 
 

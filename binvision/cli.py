@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'read_counts', 'synthesize', 'fetch', 'index', 'catalogue', 'explore', 'split', 'train', 'evaluate',
-           'export', 'predict', 'serve', 'search', 'demo']
+           'ensemble', 'export', 'predict', 'serve', 'search', 'demo']
 
 # %% ../nbs/13_cli.ipynb #2598c436
 import functools
@@ -397,6 +397,19 @@ def evaluate(
 
 # %% ../nbs/13_cli.ipynb #7734b306
 @_command
+def ensemble(
+    data: _Data,
+    manifest: _Manifest,
+    models: Annotated[list[Path], typer.Argument(help="Model folders, two or more, trained on this manifest.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; the model is in OUT/model.")]=Path("runs/ensemble"),
+):
+    "Make one model of several: the mean of their answers, calibrated on the valid part."
+    from binvision.ensemble import ensemble
+
+    ensemble(data, manifest, models, out)
+
+# %% ../nbs/13_cli.ipynb #bb9675e2
+@_command
 def export(
     model: _Model,
     data: _Data,
@@ -417,7 +430,7 @@ def export(
     if made["n"] < 600: typer.echo(f"note: {made['n']:,} bins say little about half a point of accuracy; take 600 or more", err=True)
     typer.echo(f"written: {model/'model.int8.onnx'}")
 
-# %% ../nbs/13_cli.ipynb #54fd49f9
+# %% ../nbs/13_cli.ipynb #de1ef0ce
 @_command
 def predict(
     model: _Model,
@@ -464,7 +477,7 @@ def _predict_to(model, source, out, *settings):
     if more := done.failed - len(done.first_failures): done.first_failures.append(("and", f"{more:,} more; see the column error in {out}"))
     _name_failures(done.first_failures, 2 if done.failed == done.n else 1, named=101)
 
-# %% ../nbs/13_cli.ipynb #0bff75fd
+# %% ../nbs/13_cli.ipynb #412a40af
 def _option(name, help, **how):
     "An option of `serve` that is an environment variable too."
     return typer.Option(help=help, envvar=f"BINVISION_{name}", show_envvar=False, **how)
@@ -499,7 +512,7 @@ def serve(
     try: serve(model, host, port, backend, threads, Settings(**limits, cors=tuple(cors or ()), token=token))
     except KeyboardInterrupt: raise KeyboardInterrupt("what was accepted has been answered") from None
 
-# %% ../nbs/13_cli.ipynb #5b23ec92
+# %% ../nbs/13_cli.ipynb #a0481f7c
 def _show_space(ctx: typer.Context, wanted: bool):
     if not wanted or ctx.resilient_parsing: return
     import yaml
@@ -522,7 +535,7 @@ def _settings(pairs):
         except yaml.YAMLError: raise UsageError(f"--set {pair!r}: the value is not understood", "pass a number, a word or a list such as [0.5, 0.5, 0.5]") from None
     return found
 
-# %% ../nbs/13_cli.ipynb #32888a3c
+# %% ../nbs/13_cli.ipynb #f40c1154
 @_command
 def search(
     data: _Data,
@@ -556,7 +569,7 @@ def search(
     words = ["binvision", "train", data, manifest, "--from", out, "--out", out.parent/"best"]
     typer.echo(f"pictures and trials.csv: {out}\nnext: {' '.join(shlex.quote(str(w)) for w in words)}")
 
-# %% ../nbs/13_cli.ipynb #12c0d15e
+# %% ../nbs/13_cli.ipynb #afc20cd5
 _DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
 _LEFT = """What binvision demo left here
 =============================
@@ -607,7 +620,7 @@ def _demo_model(out, n, seed, size, epochs):
     train(data, out/"manifest.csv", out/"run", seed=seed, **_DEMO | {"size": size, "epochs": epochs})
     return data
 
-# %% ../nbs/13_cli.ipynb #7bec5a71
+# %% ../nbs/13_cli.ipynb #44ef063a
 @_command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to make; what an earlier demo left there is replaced.")]=Path("binvision-demo"),
@@ -647,5 +660,5 @@ def _next(out):
             f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
             f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 96 --lr 0.002")
 
-# %% ../nbs/13_cli.ipynb #5c8cfcea
+# %% ../nbs/13_cli.ipynb #1c29698b
 if __name__ == "__main__" and globals().get("__spec__"): main()

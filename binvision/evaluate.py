@@ -442,15 +442,16 @@ def _network(model):
 def _cam(card, net, source, count=None):
     "Picture, heat and the count that the heat explains."
     import torch
-    from fastai.callback.hook import hook_output
+    from fastai.callback.hook import hook_outputs
     x = preprocess(source, card)
-    with hook_output(net[0], detach=False) as hook:
+    with hook_outputs([one[0] for one in getattr(net, "members", [net])], detach=False) as hooks:
         logits = net(torch.from_numpy(x)[None].requires_grad_())[0]
-        maps = hook.stored
-    if maps.ndim != 4: raise ModelError(f"{card['arch']}: its last features are no maps", "Grad-CAM needs a convolutional network")
+        found = hooks.stored
+    if any(maps.ndim != 4 for maps in found): raise ModelError(f"{card['arch']}: its last features are no maps", "Grad-CAM needs a convolutional network")
     answer = int(logits.argmax()) if count is None else card["counts"].index(count)
-    weights = torch.autograd.grad(logits[answer], maps)[0].mean((2, 3), keepdim=True)
-    heat = torch.nn.functional.interpolate((weights*maps).sum(1, keepdim=True).clamp(min=0), x.shape[1:], mode="bilinear")
+    grads = torch.autograd.grad(logits[answer], found)
+    cams = [(grad.mean((2, 3), keepdim=True)*maps).sum(1, keepdim=True).clamp(min=0) for grad, maps in zip(grads, found)]
+    heat = sum(torch.nn.functional.interpolate(cam, x.shape[1:], mode="bilinear") for cam in cams)
     heat = (heat/heat.max().clamp(min=1e-12))[0, 0].detach().numpy()
     picture = x.transpose(1, 2, 0)*np.array(card["std"]) + np.array(card["mean"])
     return picture.clip(0, 1), heat, card["counts"][answer]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'build_model', 'mae', 'bin_learner', 'keep_random_state', 'suggest_lr', 'fine_tune', 'plot_history',
-           'fit_temperature', 'calibrate', 'write_model', 'load_torch', 'train']
+           'fit_temperature', 'calibrated', 'calibrate', 'write_model', 'save_torch', 'Average', 'load_torch', 'train']
 
 # %% ../nbs/08_learner.ipynb #56fedc71
 import json
@@ -83,6 +83,7 @@ def _is_model(weights): return weights not in (None, "imagenet") and Path(weight
 def _load_model(folder, arch, n_out):
     "The network of a model folder, with a fresh last layer."
     card = read_card(folder)
+    if "members" in card: raise ModelError(f"{folder}: holds {len(card['members'])} networks", "pass the model folder of one of them")
     if card["arch"] != arch: raise ModelError(f"{folder}: is a model of {card['arch']}, not of {arch}", f"pass arch={card['arch']!r} (--arch)")
     model = load_torch(folder).train()
     last = model[1][-1]
@@ -296,21 +297,29 @@ def fit_temperature(
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
 
-def calibrate(
-    learn:Learner,
-)->tuple[float, dict]: # the temperature, and metrics on the validation part
-    "Fit a temperature on the validation part and fold it into the last layer."
-    with learn.no_bar(), learn.no_logging(): logits, labels = learn.get_preds(act=lambda x: x)
-    logits, labels = logits.float().numpy(), labels.numpy().astype(int)
-    temperature = fit_temperature(logits, labels)
-    last = learn.model[1][-1]
-    with torch.no_grad():
-        for tensor in last.parameters(): tensor /= temperature
-    counts = np.array(list(learn.dls.vocab))
+def calibrated(
+    logits:np.ndarray, # n × number of counts, of the validation part
+    labels:np.ndarray, # n class indices
+    counts:list, # the counts that the classes stand for
+)->tuple[float, dict]: # the temperature; n, accuracy, mae and nll of the calibrated answers
+    "Fit a temperature, and say what the answers are worth with it."
+    temperature, counts = fit_temperature(logits, labels), np.asarray(counts)
     probabilities = softmax(logits / temperature)
     found, true = counts[probabilities.argmax(1)], counts[labels]
     return temperature, {"n": len(true), "accuracy": float((found == true).mean()), "mae": float(np.abs(found - true).mean()),
                          "nll": float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())}
+
+
+def calibrate(
+    learn:Learner,
+)->tuple[float, dict]: # as `calibrated`
+    "Fit a temperature on the validation part and fold it into the last layer."
+    with learn.no_bar(), learn.no_logging(): logits, labels = learn.get_preds(act=lambda x: x)
+    temperature, metrics = calibrated(logits.float().numpy(), labels.numpy().astype(int), list(learn.dls.vocab))
+    last = learn.model[1][-1]
+    with torch.no_grad():
+        for tensor in last.parameters(): tensor /= temperature
+    return temperature, metrics
 
 # %% ../nbs/08_learner.ipynb #f5e6eaf8
 def _export_onnx(model, size):
@@ -348,16 +357,37 @@ def write_model(
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **notes}
     model = build_model(learn.arch, len(card["counts"]), None)
     model.load_state_dict({k: v.detach().float().cpu() if v.is_floating_point() else v.cpu() for k, v in learn.model.state_dict().items()})
-    tensors = {name: t.numpy() for name, t in model.state_dict().items()}
-    return save_model(folder, card, _export_onnx(model.eval(), fit.size), tensors)
+    return save_torch(folder, card, model)
+
+
+def save_torch(
+    folder:str|os.PathLike, # the model folder; replaced if it is there
+    card:dict, # as for `binvision.inference.save_model`
+    model:nn.Module, # what `load_torch` would build from the card, on the processor
+)->Path:
+    "Write a network and its card as a model folder."
+    return save_model(folder, card, _export_onnx(model.eval(), card["size"]), {name: t.numpy() for name, t in model.state_dict().items()})
+
+
+class Average(nn.Module):
+    "Several networks that answer as one: logits of the mean of their distributions, at a temperature."
+
+    def __init__(self, members, temperature=1.):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.register_buffer("temperature", torch.tensor([float(temperature)]))
+
+    def forward(self, x):
+        return torch.stack([m(x).softmax(-1) for m in self.members]).mean(0).clamp(min=1e-12).log() / self.temperature
 
 
 def load_torch(
     folder:str|os.PathLike, # a model folder
-)->nn.Sequential: # body and head, in evaluation mode
+)->nn.Module: # body and head, or an `Average` of such networks, in evaluation mode
     "The network of a model folder as a torch module, for Grad-CAM or further training."
     card = read_card(folder)
-    model = build_model(card["arch"], len(card["counts"]), None)
+    members = [build_model(arch, len(card["counts"]), None) for arch in card.get("members", [card["arch"]])]
+    model = Average(members) if "members" in card else members[0]
     try: model.load_state_dict(load_file(check_file(folder, card, "model.safetensors")))
     except (RuntimeError, SafetensorError) as e:
         raise ModelError(f"{folder}: its weights do not fit {card['arch']} ({str(e).splitlines()[0][:120]})",

@@ -51,7 +51,7 @@ def test_a_recipe_is_compared_with_the_default_on_the_same_bins():
     from recipes import resample
 
     random = np.random.default_rng(0)
-    default = random.random((80, 5))
+    default = random.random((80, 6))
     again = resample({"default": [default], "worse by a tenth": [default + .1]}, np.arange(80) // 2, 50)
     change = again["worse by a tenth"][:, [0, 1, 3]] - again["default"][:, [0, 1, 3]]
     assert change == pytest.approx(.1) and again["default"][:, 0].std() > .01
