@@ -129,6 +129,7 @@ def main():
     args, settings = arguments()
     from binvision.core import UsageError, atomic_write
     from binvision.learner import train
+    from fastai.callback.mixup import MixUp
 
     with tempfile.TemporaryDirectory() as home:
         data, manifest = (args.data, args.manifest) if args.data else synthetic(Path(home), args.n)
@@ -137,7 +138,9 @@ def main():
             for seed in args.seeds:
                 run = args.out / f"{recipe.replace(' ', '-')}-{seed}"
                 print(f"# {recipe}, seed {seed}", flush=True)
-                try: done.setdefault(recipe, []).append(train(data, manifest, run, **settings | RECIPES[recipe] | {"seed": seed, "resume": True}))
+                own = dict(RECIPES[recipe])
+                if "mixup" in own: own = {"cbs": [MixUp(own["mixup"])]}  # no option of train: it did not help
+                try: done.setdefault(recipe, []).append(train(data, manifest, run, **settings | own | {"seed": seed, "resume": True}))
                 except UsageError as e: sys.exit(f"{e}")
         result = table(done, data, manifest, args.n_boot)
     with atomic_write(args.out / "recipes.csv", "w") as file: result.to_csv(file, index=False)

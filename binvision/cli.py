@@ -354,7 +354,6 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Of the optimizer.", show_default="0.01")]=None,
     depth: Annotated[int, typer.Option(min=1, max=3, help="What the later epochs train: 1 the head, 2 and the late body, 3 all.")]=3,
     loss: Annotated[str, typer.Option(help="cross_entropy, soft (labels share with their neighbours) or ordinal.")]="cross_entropy",
-    mixup: Annotated[float, typer.Option(min=0, help="MixUp's alpha; 0 is none, 0.1 is mild.")]=0.,
     ema: Annotated[float, typer.Option(min=0, max=.99999, help="Decay of averaged weights, such as 0.99; 0 is none.")]=0.,
     progressive: Annotated[bool, typer.Option("--progressive", help="Smaller pictures in the first epochs.")]=False,
     balanced: Annotated[bool, typer.Option("--balanced", help="Draw each count equally often.")]=False,

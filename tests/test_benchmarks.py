@@ -20,8 +20,8 @@ def manifest(sizes, part):
 def test_options_reach_train_as_the_command_would_pass_them():
     from recipes import options
 
-    given = options(["--arch", "resnet18", "--weights", "none", "--mean", "0.5", "--std", "0.2,0.3,0.4", "--size", "64", "--mixup", "0.1"])
-    assert given == {"arch": "resnet18", "weights": None, "mean": .5, "std": [.2, .3, .4], "size": 64, "mixup": .1}
+    given = options(["--arch", "resnet18", "--weights", "none", "--mean", "0.5", "--std", "0.2,0.3,0.4", "--size", "64", "--ema", "0.9"])
+    assert given == {"arch": "resnet18", "weights": None, "mean": .5, "std": [.2, .3, .4], "size": 64, "ema": .9}
 
 
 def test_a_smaller_training_set_holds_whole_groups_and_lies_in_the_larger():
