@@ -4,8 +4,8 @@
     python benchmarks/learning_curve.py DATA manifest.csv --wider wider.csv …
 
 `wider.csv` is a manifest of these bins and others, from another source; only its groups are used. Those others that have no relative
-in the validation and test parts are trained on, but for a fifth of their groups, which are held out: does the model count these, or does it know the source by
-sight and answer with the counts that are usual there? Each model is judged on the validation part and on the held-out bins, apart.
+in the validation and test parts are trained on, but for a fifth of their groups, which are held out: does the model count these, or
+does it know the source by sight and answer with the counts that are usual there? Each model is judged on the validation part and on the held-out bins, apart.
 
 What stands after `--` goes to `binvision train` for every run. Each run is a folder `OUT/<name>-<seed>`; what is there is not trained
 again, and a killed run goes on. The run on all bins is called `default`, as in recipes.py: with the same OUT and settings, it is shared.
@@ -55,18 +55,17 @@ def sets(args, manifest, seed):
     from binvision.split import read_manifest, write_manifest
 
     train, valid = manifest[manifest.part == "train"], manifest[manifest.part == "valid"]
-    tables = {f"{n}-bins": pd.concat([some(train, n, seed), valid]) for n in sorted(args.sizes)}
+    tables = {f"{n}-bins": pd.concat([some(train, n, seed), valid]) for n in sorted(args.sizes)} | {"default": manifest}
     if too_many := [n for n in args.sizes if n >= len(train)]: raise UsageError(f"--sizes {too_many[0]}: there are {len(train):,} bins", "ask for fewer; all are taken anyway")
-    if args.wider:
-        tables["wider"] = pd.concat([train, valid, further(manifest, read_manifest(args.wider))])
+    if args.wider: tables["wider"] = pd.concat([train, valid, further(manifest, read_manifest(args.wider))])
     found = {}
     for name, table in tables.items():
-        path = args.out / "manifests" / f"{name}-{seed}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_manifest(table, path)
+        path = args.manifest if name == "default" else args.out / "manifests" / f"{name}-{seed}.csv"
+        if name != "default":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_manifest(table, path)
         found[name] = path, int((table.part == "train").sum())
-    names = list(found)
-    return {n: found[n] for n in names if n != "wider"} | {"default": (args.manifest, len(train))} | {n: found[n] for n in names if n == "wider"}
+    return found
 
 
 def row(name, seeds, groups, n_boot):

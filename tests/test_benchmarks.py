@@ -1,5 +1,4 @@
 """The parts of the benchmarks that decide what is compared with what."""
-import sys
 from pathlib import Path
 
 import numpy as np
