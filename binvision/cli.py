@@ -252,15 +252,18 @@ def split(
     ids: Annotated[Path | None, typer.Option(help="Use only these bins: a .txt file with an id a line, a manifest, or a file_list.json.")]=None,
     by: Annotated[str | None, typer.Option(help="Column of labels.csv whose values are shared out evenly too, such as source.")]=None,
     given: Annotated[Path | None, typer.Option(help="Take the parts as somebody made them instead: a manifest, a file_list.json, or a folder with train/1/ …")]=None,
+    extend: Annotated[Path | None, typer.Option(help="Add bins to the train part of this manifest; its own bins keep their part, and relatives of its valid and test bins stay out.")]=None,
     catalogue: _Catalogue=None,
     out: Annotated[Path, typer.Option(help="Manifest to write (CSV: id, count, group, part).")]=Path("manifest.csv"),
 ):
     "Divide the bins into train, valid and test. Photos of one bin stay together; the manifest fixes the split."
-    from binvision.split import given_split, leak_report, split, write_manifest
+    from binvision.core import UsageError
+    from binvision.split import extend as extended, given_split, leak_report, split, write_manifest
 
     cat = _tables(data, catalogue)
     if ids and ids.suffix == ".txt": ids = ids.read_text(encoding="utf-8").split()
-    manifest = given_split(given) if given else split(cat, read_counts(counts), valid, test, seed, eval_where, ids, by)
+    if extend and (given or eval_where or by): raise UsageError("--extend keeps the parts of its manifest: --given, --eval-where and --by do not go with it", "leave them out")
+    manifest = given_split(given) if given else extended(extend, cat, read_counts(counts), ids) if extend else split(cat, read_counts(counts), valid, test, seed, eval_where, ids, by)
     leaks, sha = leak_report(manifest, cat), write_manifest(manifest, out)
     sizes = manifest.groupby(["part", "count"]).size().unstack(fill_value=0).reindex(["train", "valid", "test"]).dropna()
     typer.echo(f"{out}: {len(manifest):,} bins in {manifest['group'].nunique():,} groups\nsha256 {sha}\n")

@@ -85,7 +85,7 @@ def test_options_are_the_parameters_of_the_function(command):
     module = {"synthesize": "synthetic", "catalogue": "metadata", "explore": "explore", "split": "split", "train": "learner",
               "evaluate": "evaluate", "export": "quantize", "predict": "inference", "search": "search", "fetch": "fetch", "index": "fetch", "serve": "serve"}[command]
     function = getattr(importlib.import_module(f"binvision.{module}"), command)
-    further = {"split": "data catalogue given out", "train": "from_", "search": "arch weights size epochs fixed device show_space", "predict": "out root overwrite",
+    further = {"split": "data catalogue given extend out", "train": "from_", "search": "arch weights size epochs fixed device show_space", "predict": "out root overwrite",
                "fetch": "list counts per_count sample balance index seed images_only metadata_only dry_run"}
     only_here = {"help", "as_json", *further.get(command, "").split()}
     options = {p.name for p in _click_command(command).params} - only_here
@@ -204,6 +204,12 @@ def test_split_options(tmp_path, data, manifest):
 
     run("split", data, "--given", manifest, "--out", tmp_path / "given.csv")
     assert (tmp_path / "given.csv").read_bytes() == manifest.read_bytes()
+
+    run("split", data, "--counts", "1-5", "--extend", tmp_path / "few.csv", "--out", tmp_path / "more.csv")
+    more = read_manifest(tmp_path / "more.csv")
+    kept = more[more.id.isin(few.id)]
+    assert len(more) > len(few) and kept.reset_index(drop=True).equals(few) and set(more.part[~more.id.isin(few.id)]) == {"train"}
+    refused("split", data, "--extend", tmp_path / "few.csv", "--eval-where", "in_udacity_file_list=1", says="--extend keeps the parts")
 
 
 # Bad input

@@ -12,7 +12,7 @@ import pytest
 
 from binvision.core import DataError, UsageError
 from binvision.metadata import catalogue
-from binvision.split import (PARTS, given_split, group_bins, leak_report, random_split, read_manifest, split,
+from binvision.split import (PARTS, extend, given_split, group_bins, leak_report, random_split, read_manifest, split,
                              write_manifest)
 
 PROMISED = ["neighbour sharing an ASIN", "ASIN Jaccard ≥ 0.3", "near-duplicate picture", "neighbour without metadata"]
@@ -178,6 +178,24 @@ def test_a_spoilt_manifest_is_named(tmp_path, text, words):
 def test_a_manifest_that_is_not_there(tmp_path):
     for path in (tmp_path/"none.csv", tmp_path):
         with pytest.raises(DataError, match=re.escape(str(path))): read_manifest(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_extending_moves_nothing_and_adds_no_relative_of_an_evaluation_bin(tmp_path, seed):
+    more = sparse(600, seed)
+    ids = np.random.default_rng(seed).permutation(more.bins["id"])
+    few = SimpleNamespace(bins=more.bins[more.bins["id"].isin(ids[:300])], items=more.items[more.items["id"].isin(ids[:300])])
+    before = split(few, counts=[1, 2, 3], valid=.2, test=.2)
+    write_manifest(before, tmp_path/"m.csv")
+    after = extend(tmp_path/"m.csv", more)
+    assert after[after["id"].isin(before["id"])].reset_index(drop=True).equals(before)
+    part, added = before.set_index("id")["part"], set(after["id"]) - set(before["id"])
+    assert added and set(after["part"][after["id"].isin(added)]) == {"train"} and set(after["count"]) == {1, 2, 3, 4, 5}
+    pairs = [pair for kind, found in relatives(more).items() if kind != "a" for pair in found]
+    assert not [p for p in pairs for a, b in (p, p[::-1]) if a in added and part.get(b, "train") != "train"]
+    assert not leak_report(after, more).loc["this", PROMISED].to_numpy().any()
+    with pytest.raises(UsageError, match=f"{len(before)} of the manifest's {len(before)}"): extend(before.assign(id="x" + before["id"]), more)
+    with pytest.raises(DataError, match="none.csv"): extend(tmp_path/"none.csv", more)
 
 
 def test_given_splits(tmp_path):
