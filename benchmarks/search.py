@@ -54,7 +54,8 @@ def prepare(args, home):
 
 def timed(**kwargs):
     "Seconds of a search, and the table of its trials."
-    from binvision.search import load_study, search, trials_table
+    from binvision.search import search
+    from binvision.study import load_study, trials_table
 
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()): search(**kwargs)

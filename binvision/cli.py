@@ -518,7 +518,7 @@ def serve(
 def _show_space(ctx: typer.Context, wanted: bool):
     if not wanted or ctx.resilient_parsing: return
     import yaml
-    from binvision.search import FROZEN_SPACE, SPACE
+    from binvision.space import FROZEN_SPACE, SPACE
 
     typer.echo(yaml.safe_dump(FROZEN_SPACE if ctx.params.get("frozen") else SPACE, sort_keys=False, default_flow_style=None).rstrip())
     raise typer.Exit

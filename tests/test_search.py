@@ -31,7 +31,7 @@ def space(tmp_path):
 
 
 def table_of(out, storage=None):
-    from binvision.search import load_study, trials_table
+    from binvision.study import load_study, trials_table
 
     return trials_table(load_study(out, storage))
 
