@@ -101,28 +101,37 @@ def resample(all_errors, groups, n_boot):
     return found
 
 
+def mean_of(seeds): return seeds[0] | {"probabilities": np.mean([p["probabilities"] for p in seeds], 0)}
+
+
+def seconds(run): return pd.read_csv(run / "history.csv").seconds.sum()
+
+
+def compared(found, first, n_boot):
+    "A row a name: figures of its seeds' distributions with intervals, and the change against the name `first`."
+    added = {name: [errors(p) for p in seeds] for name, seeds in found.items()}
+    again = resample(added, found[first][0]["groups"], n_boot)
+    interval = lambda x: "{:.3f} to {:.3f}".format(*np.percentile(x, [2.5, 97.5]))
+    rows = []
+    for name, seeds in added.items():
+        values = np.mean([figures(e.sum(0), len(e)) for e in seeds], 0)
+        row = {"recipe": name, "seeds": len(seeds)}
+        for j, figure in enumerate(FIGURES):
+            row |= {figure: round(values[j], 4), f"{figure}, 95 %": interval(again[name][:, j]), f"{figure}, change": interval(again[name][:, j] - again[first][:, j])}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def table(runs, data, manifest, n_boot):
     "A row a recipe: figures with intervals, change against the default, cost."
     found = {r: [answers(run, data, manifest) for run in folders] for r, folders in runs.items()}
-    found["default, mirrored too (tta)"] = [answers(run, data, manifest, tta=True) for run in runs["default"]]
-    seconds = {r: [pd.read_csv(run / "history.csv").seconds.sum() for run in folders] for r, folders in runs.items()}
-    cost = {r: np.mean(s) for r, s in seconds.items()} | {"default, mirrored too (tta)": np.mean(seconds["default"])}
+    cost = {r: np.mean([seconds(run) for run in folders]) for r, folders in runs.items()}
+    mirrored = "default, mirrored too (tta)"
+    found[mirrored], cost[mirrored] = [answers(run, data, manifest, tta=True) for run in runs["default"]], cost["default"]
     for r, folders in (runs | {"all of these": sum(runs.values(), [])}).items():
         several = [p for name in (runs if r == "all of these" else [r]) for p in found[name]]
-        if len(several) == 1: continue
-        found[f"{r}, averaged"] = [several[0] | {"probabilities": np.mean([p["probabilities"] for p in several], 0)}]
-        cost[f"{r}, averaged"] = sum(sum(seconds[name]) for name in (runs if r == "all of these" else [r]))
-    kinds, groups = {r: [errors(p) for p in ps] for r, ps in found.items()}, found["default"][0]["groups"]
-    again = resample(kinds, groups, n_boot)
-    interval = lambda x: "{:.3f} to {:.3f}".format(*np.percentile(x, [2.5, 97.5]))
-    rows = []
-    for r, seeds in kinds.items():
-        values = np.mean([figures(e.sum(0), len(e)) for e in seeds], 0)
-        row = {"recipe": r, "seeds": len(seeds)}
-        for j, name in enumerate(FIGURES):
-            row |= {name: round(values[j], 4), f"{name}, 95 %": interval(again[r][:, j]), f"{name}, change": interval(again[r][:, j] - again["default"][:, j])}
-        rows.append(row | {"cost": round(cost[r] / cost["default"], 2)})
-    return pd.DataFrame(rows)
+        if len(several) > 1: found[f"{r}, averaged"], cost[f"{r}, averaged"] = [mean_of(several)], sum(map(seconds, folders))
+    return compared(found, "default", n_boot).assign(cost=[round(cost[r] / cost["default"], 2) for r in found])
 
 
 def main():

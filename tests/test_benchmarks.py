@@ -54,3 +54,17 @@ def test_a_recipe_is_compared_with_the_default_on_the_same_bins():
     again = resample({"default": [default], "worse by a tenth": [default + .1]}, np.arange(80) // 2, 50)
     change = again["worse by a tenth"][:, [0, 1, 3]] - again["default"][:, [0, 1, 3]]
     assert change == pytest.approx(.1) and again["default"][:, 0].std() > .01
+
+
+def test_models_are_compared_with_the_first_and_averaged():
+    from recipes import compared, mean_of
+
+    random = np.random.default_rng(0)
+    labels = random.integers(1, 6, 60)
+    knows = np.eye(5)[labels - 1]
+    seed = lambda share: {"labels": labels, "counts": [1, 2, 3, 4, 5], "groups": np.arange(60) // 2, "probabilities": share * knows + (1 - share) / 5}
+    found = {"nothing": [seed(0)], "something": [seed(.2), seed(.6)], "averaged": [mean_of([seed(.2), seed(.6)])]}
+    table = compared(found, "nothing", 50).set_index("recipe")
+    assert list(table.seeds) == [1, 2, 1] and (table.loc["nothing", [c for c in table if c.endswith("change")]] == "0.000 to 0.000").all()
+    assert list(table.accuracy) == [pytest.approx((labels == 1).mean(), abs=1e-4), 1, 1]
+    assert table["negative log likelihood"].to_numpy() == pytest.approx([np.log(5), -(np.log(.36) + np.log(.68)) / 2, -np.log(.52)], abs=1e-3)
