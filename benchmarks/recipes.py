@@ -45,12 +45,12 @@ def options(rest):
     "The options of `binvision train` as the arguments of its function."
     from typer.main import get_command
 
-    from binvision.cli import _numbers, app
+    from binvision.cli import app, read_numbers
 
     command = get_command(app).commands["train"]
     context = command.make_context("train", ["data", "manifest", "--out", "out", *rest])
     given = {k: v for k, v in context.params.items() if context.get_parameter_source(k).name == "COMMANDLINE" and k not in ("data", "manifest", "out")}
-    return {k: None if (k, v) == ("weights", "none") else _numbers(v, f"--{k}") if k in ("mean", "std") else v for k, v in given.items()}
+    return {k: None if (k, v) == ("weights", "none") else read_numbers(v, f"--{k}") if k in ("mean", "std") else v for k, v in given.items()}
 
 
 def synthetic(home, n):
