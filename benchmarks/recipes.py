@@ -53,6 +53,23 @@ def options(rest):
     return {k: None if (k, v) == ("weights", "none") else read_numbers(v, f"--{k}") if k in ("mean", "std") else v for k, v in given.items()}
 
 
+def growing_pictures(start=.6):
+    "Progressive resizing as a fastai callback: a phase begins at `start` of the side, and is at all of it after two thirds of its epochs."
+    from fastai.callback.core import Callback
+    from torch.nn.functional import interpolate
+
+    class GrowingPictures(Callback):
+        run_valid, order = False, 5
+
+        def before_batch(self):
+            full = self.x.shape[-1]
+            share = start + (1 - start) * min(1, 1.5 * self.epoch / self.n_epoch) if self.n_epoch > 1 else 1
+            side = max(32, round(full * share / 16) * 16)
+            if side < full: self.learn.xb = (interpolate(self.x, size=(side, side), mode="bilinear", antialias=True),)
+
+    return GrowingPictures()
+
+
 def synthetic(home, n):
     from binvision.metadata import catalogue
     from binvision.split import split, write_manifest
@@ -148,7 +165,8 @@ def main():
                 run = args.out / f"{recipe.replace(' ', '-')}-{seed}"
                 print(f"# {recipe}, seed {seed}", flush=True)
                 own = dict(RECIPES[recipe])
-                if "mixup" in own: own = {"cbs": [MixUp(own["mixup"])]}  # no option of train: it did not help
+                if "mixup" in own: own = {"cbs": [MixUp(own["mixup"])]}  # this and the next are no options of train: they did not help
+                if "progressive" in own: own = {"cbs": [growing_pictures()]}
                 try: done.setdefault(recipe, []).append(train(data, manifest, run, **settings | own | {"seed": seed, "resume": True}))
                 except UsageError as e: sys.exit(f"{e}")
         result = table(done, data, manifest, args.n_boot)

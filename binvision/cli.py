@@ -361,7 +361,6 @@ def train(
     depth: Annotated[int, typer.Option(min=1, max=3, help="What the later epochs train: 1 the head, 2 and the late body, 3 all.")]=3,
     loss: Annotated[str, typer.Option(help="cross_entropy, soft (labels share with their neighbours) or ordinal.")]="cross_entropy",
     ema: Annotated[float, typer.Option(min=0, max=.99999, help="Decay of averaged weights, such as 0.99; 0 is none.")]=0.,
-    progressive: Annotated[bool, typer.Option("--progressive", help="Smaller pictures in the first epochs.")]=False,
     balanced: Annotated[bool, typer.Option("--balanced", help="Draw each count equally often.")]=False,
     cache: Annotated[str | None, typer.Option(help="Folder to keep decoded pictures in, for later runs; none decodes in every epoch.", show_default="memory, if they fit")]=None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network; on CUDA alone.")]=False,

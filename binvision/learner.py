@@ -532,9 +532,8 @@ def train(
     resume:bool=False, # go on after the last whole epoch of a run that was killed; begin if there is none
     weight_decay:float|None=None, # of the optimizer; `None` for fastai's 0.01
     depth:int=3, # groups of layers trained after the frozen epochs: 1 the head, 2 and the late body, 3 all
-    loss:str="cross_entropy", # or `"soft"` or `"ordinal"`: see `binvision.recipes` for this and the next two
+    loss:str="cross_entropy", # or `"soft"` or `"ordinal"`: see `binvision.recipes` for this and the next
     ema:float=0., # decay of averaged weights; 0 is none
-    progressive:bool=False, # smaller pictures in the first epochs
     balanced:bool=False, # draw each count equally often
     cache:str|os.PathLike|bool|None=None, # a folder for decoded pictures; `None` for memory, if they fit; `False` decodes in every epoch
     compile:bool=False, # `torch.compile` the network, on CUDA alone
@@ -558,7 +557,7 @@ def _train(out, config, old, cbs):
     dls = bin_dataloaders(c["data"], c["manifest"], c["size"], c["batch_size"], c["resize"], c["mean"], c["std"], c["augment"], c["workers"],
                           c["device"], c["cache"], c["balanced"])
     learn = bin_learner(dls, c["arch"], None if old else c["weights"], out, c["loss"], wd=c["weight_decay"])
-    learn.weights, recipe = c["weights"], recipe_callbacks(c["ema"], c["progressive"])
+    learn.weights, recipe = c["weights"], recipe_callbacks(c["ema"])
     distrib_barrier()  # no process looks for a run any more
     if old is None: _clear_run(out)
     config |= {"hardware": _hardware(dls.device), "lr": old["lr"] if old else c["lr"]}

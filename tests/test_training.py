@@ -138,7 +138,7 @@ def test_ctrl_c_keeps_the_best_epoch_not_the_last(tmp_path, data, manifest):
 
 
 def test_a_training_with_every_recipe_goes_on_too(tmp_path, data, manifest, weights):
-    "Averaged weights, blended and growing pictures, a balanced order, pictures from a cache: all of their state is in the checkpoint."
+    "Averaged weights, blended pictures, a balanced order, pictures from a cache: all of their state is in the checkpoint."
     from fastai.callback.core import Callback
     from fastai.callback.mixup import MixUp
 
@@ -156,7 +156,7 @@ def test_a_training_with_every_recipe_goes_on_too(tmp_path, data, manifest, weig
         dls = bin_dataloaders(data, manifest, 64, 4, device="cpu", cache=tmp_path / "cache", balanced=True)
         learn = bin_learner(dls, "test_resnet", weights, tmp_path, "ordinal")
         fine_tune(learn, 5e-3, 2, 1, history=tmp_path / name / "history.csv", checkpoint=tmp_path / name / "last.safetensors", resume=resume,
-                  cbs=[*recipe_callbacks(ema=.9, progressive=True), MixUp(.1), *cbs])
+                  cbs=[*recipe_callbacks(ema=.9), MixUp(.1), *cbs])
         return load_file(tmp_path / name / "last.safetensors")
 
     whole = run("whole")
