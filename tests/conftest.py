@@ -1,8 +1,11 @@
 """One small data set and one small trained model for all tests of a session."""
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: another number of threads adds up in another order, here and in the processes that tests start
 
 # A shell starts commands in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C need it back.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
