@@ -48,9 +48,9 @@ from .study import (best_trial, count_trials, hide_password, load_study, open_st
 # %% ../nbs/10_search.ipynb #53948ea3
 _METRICS = {"accuracy": "maximize", "mae": "minimize", "valid_loss": "minimize"}
 _PRUNERS = {
-    "median": lambda epochs: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(2, epochs // 2)),
-    "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max(1, epochs)),
-    "none": lambda epochs: optuna.pruners.NopPruner(),
+    "median": lambda longest, epochs: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=longest - epochs // 2),
+    "hyperband": lambda longest, epochs: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=longest),
+    "none": lambda longest, epochs: optuna.pruners.NopPruner(),
 }
 
 
@@ -64,14 +64,20 @@ class ReportEpoch(Callback):
     "Tell a trial each epoch's figure, and end it where the pruner says so or the loss is not finite."
     order = 57 # after the recorder, and after the log of the run
 
-    def __init__(self, trial, metric, epochs): self.trial, self.metric, self.epochs, self.rows = trial, metric, epochs, []
+    def __init__(self,
+        trial, # an Optuna trial
+        metric:str, # what is searched for
+        epochs:int, # how many this trial has
+        longest:int, # how many the longest one has; all trials end at this step
+    ):
+        self.trial, self.metric, self.epochs, self.longest, self.rows = trial, metric, epochs, longest, []
 
     def after_epoch(self):
         if _orphaned(): raise KeyboardInterrupt
         row = dict(zip(list(self.recorder.metric_names)[1:-1], map(float, self.recorder.values[-1])))
         self.rows.append(row)
         if not math.isfinite(row["valid_loss"]): self._end("the loss is not finite")
-        self.trial.report(row[self.metric], len(self.rows))
+        self.trial.report(row[self.metric], self.longest - self.epochs + len(self.rows))
         if len(self.rows) < self.epochs and self.trial.should_prune(): self._end(f"worse than others after epoch {len(self.rows)}")
 
     def _end(self, reason):
@@ -103,6 +109,18 @@ class Job:
     features:str|None = None # where the cached features are
 
 
+def _highest(job, name):
+    "The highest value that a number can have in any trial."
+    e = job.space.get(name, job.options.get(name, 0))
+    return e if not isinstance(e, dict) else max(e["choices"]) if "choices" in e else e["high"]
+
+
+def _epochs(job, config=None):
+    "The epochs of a configuration, or of the longest one: in all, and those with all layers (or of a head)."
+    epochs, frozen = ((config or {}).get(name, _highest(job, name)) for name in ("epochs", "frozen_epochs"))
+    return epochs + (0 if job.frozen or job.options["weights"] is None else frozen), epochs
+
+
 def _take(function, config):
     "Those of the settings that `function` has a parameter for."
     return {name: config[name] for name in inspect.signature(function).parameters if name in config}
@@ -128,7 +146,7 @@ def _fit_trial(trial, study, job, folder):
     trial.set_user_attr("config", {k: str(v) if isinstance(v, os.PathLike) else v for k, v in config.items()})
     set_seed(config["seed"])
     learn = _head_learner(job, config) if job.frozen else _full_learner(job, config, folder)
-    report = ReportEpoch(trial, job.metric, config["epochs"] + config.get("frozen_epochs", 0))
+    report = ReportEpoch(trial, job.metric, _epochs(job, config)[0], _epochs(job)[0])
     with learn.no_bar(), learn.no_logging():
         if job.frozen: learn.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepHead(), report])
         else: fine_tune(learn, history=folder/"history.csv", **_take(fine_tune, config | {"cbs": [*recipe_callbacks(**_take(recipe_callbacks, config)), report]}))
@@ -191,9 +209,8 @@ def _run_one(study, storage, job, worker):
 def _study(job):
     "The storage and the study of a job."
     storage = open_storage(job.storage, job.heartbeat)
-    epochs = job.options["epochs"] + (0 if job.frozen else job.options["frozen_epochs"])
     study = optuna.create_study(storage=storage, study_name=job.study, direction=_METRICS[job.metric], load_if_exists=True,
-                                pruner=_PRUNERS[job.pruner](epochs))
+                                pruner=_PRUNERS[job.pruner](*_epochs(job)))
     return storage, study
 
 

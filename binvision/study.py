@@ -201,14 +201,14 @@ def plot_importances(
 def plot_curves(
     study:optuna.Study, # from `load_study`
 )->Figure:
-    "The learning curves of all trials; the best in colour, pruned ones end early."
+    "The learning curves of all trials; the best in colour, pruned ones end early, those with fewer epochs begin late."
     best = best_trial(study)
     fig = figure(figsize=(6.4, 3.4))
     ax = fig.subplots()
     for t in study.get_trials(deepcopy=False):
         look = dict(color="#e07a3f", lw=2, zorder=3, label=f"best (trial {t.number})") if t.number == best.number else dict(color="grey", lw=.8, alpha=.7)
         ax.plot(list(t.intermediate_values), list(t.intermediate_values.values()), marker=".", **look)
-    ax.set(title="Learning curves of all trials", xlabel="epoch", ylabel=f"{_title(study)}, validation part")
+    ax.set(title="Learning curves of all trials", xlabel="epoch, in step at the end", ylabel=f"{_title(study)}, validation part")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return fig

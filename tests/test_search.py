@@ -233,6 +233,33 @@ def test_a_study_in_which_all_fails_says_why(data, manifest, tmp_path):
     assert (pd.read_csv(tmp_path / "x" / "trials.csv").state == "failed").all() and not (tmp_path / "x" / "best.json").exists()
 
 
+def test_trials_are_compared_at_the_same_distance_from_the_end(data, manifest, tmp_path):
+    "A frozen phase more makes a trial longer, not worse: with the curve of the others after it, it is not pruned."
+    import optuna
+    import timm
+    import torch
+
+    from binvision.search import _PRUNERS, search
+    from binvision.study import load_study
+
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    space = {"frozen_epochs": [0, 2], "epochs": [1, 2]}
+    out = search(data, manifest, tmp_path / "x", trials=6, space=space, weights=tmp_path / "weights.pth", pruner="none", lr=1e-3, **SETTINGS)
+    steps = {(t.params["frozen_epochs"], t.params["epochs"]): list(t.intermediate_values) for t in load_study(out).trials}
+    assert len(steps) > 2 and all(found == list(range(5 - sum(epochs), 5)) for epochs, found in steps.items())
+
+    study = optuna.create_study(pruner=_PRUNERS["median"](7, 5))  # the longest has seven epochs, five of them with all layers
+    def pruned_at(curve):
+        trial = study.ask()
+        for step, loss in enumerate(curve, 8 - len(curve)):
+            trial.report(loss, step)
+            if trial.should_prune(): return step
+        study.tell(trial, curve[-1])
+    usual = [1.45, 1.42, 1.40, 1.395, 1.39]
+    assert [pruned_at([loss + n / 1000 for loss in usual]) for n in range(5)] == [None] * 5
+    assert pruned_at([1.48, 1.46, *usual]) is None and pruned_at([1.48, 1.46, *(loss + .01 for loss in usual)]) == 5
+
+
 def test_heads_are_pruned_resumed_and_repeat(data, manifest, tmp_path, monkeypatch):
     "A frozen search that is continued ends as one in a single go; some of its trials are pruned; train can take its best."
     import timm
