@@ -282,7 +282,8 @@ def calibration(
     table = each.groupby("step").agg(images=("right", "size"), confidence=("confidence", "mean"), right=("right", "mean"))
     n, z = table.images, 1.96
     middle, half = table.right + z*z/(2*n), z*np.sqrt(table.right*(1 - table.right)/n + (z/(2*n))**2)
-    return table.assign(low=(middle - half)/(1 + z*z/n), high=(middle + half)/(1 + z*z/n))
+    low, high = ((middle + sign*half)/(1 + z*z/n) for sign in (-1, 1))
+    return table.assign(low=low.clip(0, table.right), high=high.clip(table.right, 1))  # rounding may put an end on the wrong side
 
 
 def plot_calibration(
@@ -372,8 +373,9 @@ def plot_comparison(
 )->plt.Axes:
     "One figure of several models with their 95 % intervals."
     ax, table, title = _axes(ax, 5.5, .6 + .5*len(results)), compare(results), FIGURES[measure]
-    value, place = table[title], np.arange(len(table))
-    ax.errorbar(value, place, xerr=[value - table[f"{title} low"], table[f"{title} high"] - value], fmt="o", color=MAIN, capsize=4)
+    value, low, high, place = table[title], table[f"{title} low"], table[f"{title} high"], np.arange(len(table))
+    ax.errorbar((low + high)/2, place, xerr=(high - low)/2, fmt="none", ecolor=MAIN, capsize=4)  # a bootstrap interval need not hold the value
+    ax.plot(value, place, "o", color=MAIN)
     for x, y in zip(value, place): ax.annotate(f"{x:.3f}", (x, y), (0, 7), textcoords="offset points", ha="center")
     ax.set(yticks=place, yticklabels=table.index, ylim=(len(table) - .4, -.6), xlabel=title, title=f"{title}, 95 % intervals")
     return ax
