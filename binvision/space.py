@@ -49,7 +49,7 @@ def searchable(
     kind = lambda a: next((k for k in (bool, int, float) if a in (k, k | None)), str)
     return {name: kind(p.annotation) for name, p in inspect.signature(train).parameters.items() if name not in _NEVER}
 
-# %% ../nbs/09c_space.ipynb #82b7e818
+# %% ../nbs/09c_space.ipynb #670118e8
 def _read_yaml(path):
     "What a YAML file holds."
     try: return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def _range(kind, entry, where):
     if step is not None and (log or step <= 0): raise UsageError(f"{where}: step {step:g} does not go with it", "a step is above 0, and a logarithmic range has none")
     return {"low": low, "high": high, "log": log, "step": step}
 
-# %% ../nbs/09c_space.ipynb #670118e8
+# %% ../nbs/09c_space.ipynb #a4313d71
 def _entry(name, entry, kind, where):
     "One checked entry of a space."
     where = f"{where}: {name}"
@@ -130,7 +130,7 @@ def read_space(
         raise UsageError(f"{where}: every name has one value, so there is nothing to search", "give at least one name a list or a range")
     return checked
 
-# %% ../nbs/09c_space.ipynb #12f2a1cb
+# %% ../nbs/09c_space.ipynb #310dbf8c
 def suggest(
     trial, # an Optuna trial
     space:dict, # from `read_space`
@@ -145,7 +145,7 @@ def suggest(
         else: config[name] = trial.suggest_float(name, e["low"], e["high"], step=e["step"], log=e["log"])
     return config
 
-# %% ../nbs/09c_space.ipynb #b3915c6a
+# %% ../nbs/09c_space.ipynb #759a3d11
 def middle(
     space:dict, # from `read_space`
 )->dict: # name → value; without a learning rate that lies around lr_find's suggestion

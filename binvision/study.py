@@ -80,7 +80,7 @@ def open_storage(
         reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:160]
         raise UsageError(f"{hide_password(url)}: the database cannot be used ({reason})", "check the address, that the server runs, and that the user may write there") from e
 
-# %% ../nbs/09e_study.ipynb #dcd0f39a
+# %% ../nbs/09e_study.ipynb #a50e7fc5
 def released(
     trials:list, # Optuna's frozen trials
 )->set:
@@ -129,7 +129,7 @@ def trials_table(
                 "reason": note.get("error") or note.get("reason") or ("its process was killed each time" if killed else None)}
     return pd.DataFrame([row(t) for t in trials])
 
-# %% ../nbs/09e_study.ipynb #8f001162
+# %% ../nbs/09e_study.ipynb #2fc749f0
 def load_study(
     folder:str|os.PathLike, # the run folder of a search
     storage:str|None=None, # where `search` was given one
@@ -142,7 +142,7 @@ def load_study(
     url = storage or f"sqlite:///{Path(folder)}/study.db"
     with quiet(): return optuna.load_study(study_name=config["study"], storage=open_storage(url))
 
-# %% ../nbs/09e_study.ipynb #3594a26c
+# %% ../nbs/09e_study.ipynb #fb1993d2
 _TITLES = {"accuracy": "accuracy", "mae": "mean absolute error, items", "valid_loss": "validation loss"}
 
 
@@ -213,7 +213,7 @@ def plot_curves(
     ax.legend()
     return fig
 
-# %% ../nbs/09e_study.ipynb #fb1993d2
+# %% ../nbs/09e_study.ipynb #caa967a4
 def _axis(values):
     "Positions of values on an axis from 0 to 1, and its two or more (position, label)."
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values) and len(set(values)) > 1:
