@@ -27,7 +27,7 @@ def arguments():
 
 def main():
     args = arguments()
-    from binvision.core import BinvisionError, atomic_write
+    from binvision.ground.core import BinvisionError, atomic_write
 
     found = {}
     try:

@@ -37,7 +37,8 @@ def one_side(side, url, ids, out):
     "Fetch pictures and documents one way; prints seconds an object and peak memory."
     keys = [key for id in ids for key in (f"bin-images/{id}.jpg", f"metadata/{id}.json")]
     if side == "binvision":
-        from binvision.fetch import Bucket, fetch
+        from binvision.fetch.bucket import Bucket
+        from binvision.fetch.fetch import fetch
 
         start = time.perf_counter()
         result = fetch(out, ids, Bucket(endpoint=url), progress=False)
@@ -63,7 +64,7 @@ def one_side(side, url, ids, out):
 
 
 def compare(n, rounds, latencies):
-    from binvision.synthetic import synthesize
+    from binvision.synthetic.synthesize import synthesize
     from faulty import Proxy, Store
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +132,8 @@ def full_scale(n):
 
 
 def index_from(url, out):
-    from binvision.fetch import Bucket, index
+    from binvision.fetch.bucket import Bucket
+    from binvision.fetch.index import index
 
     table = index(out, Bucket(endpoint=url), progress=False)
     assert table["problem"].isna().all()

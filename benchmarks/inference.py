@@ -68,14 +68,16 @@ def seconds(command):
 
 def prepare(args, home):
     "A learner on synthetic bins, its model folder with an int8 network, and the pictures to time."
-    from binvision.core import set_seed
-    from binvision.data import bin_dataloaders
-    from binvision.inference import list_pictures
-    from binvision.learner import bin_learner, write_model
-    from binvision.metadata import catalogue
-    from binvision.quantize import export
-    from binvision.split import split, write_manifest
-    from binvision.synthetic import synthesize
+    from binvision.ground.core import set_seed
+    from binvision.train.loaders import bin_dataloaders
+    from binvision.ground.pictures import list_pictures
+    from binvision.train.learner import bin_learner
+    from binvision.train.publish import write_model
+    from binvision.data.catalogue import catalogue
+    from binvision.model.quantize import export
+    from binvision.split.split import split
+    from binvision.split.manifest import write_manifest
+    from binvision.synthetic.synthesize import synthesize
 
     set_seed(0)
     data = synthesize(home / "bins", n=160 if args.images else max(args.n, 160), seed=0)
@@ -95,7 +97,7 @@ def peoples_learner(args, home):
     from fastai.vision.data import ImageDataLoaders
     from fastai.vision.learner import vision_learner
 
-    from binvision.split import read_manifest
+    from binvision.split.manifest import read_manifest
 
     counts = dict(read_manifest(home / "manifest.csv").set_index("id")["count"].astype(str))
     folder = home / "bins" / "bin-images"
@@ -108,7 +110,8 @@ def ways_to_count(args, learn, plain, folder, pictures):
     "Name → a function and the number of pictures that it handles."
     import numpy as np
 
-    from binvision.inference import load_model, predict, preprocess
+    from binvision.model.predict import load_model, predict
+    from binvision.ground.pictures import preprocess
 
     int8, fp32 = (load_model(folder, backend, args.threads) for backend in ("int8", "fp32"))
     ready, some, few = np.stack([preprocess(p, int8.card) for p in pictures]), pictures[:4 * args.slow], pictures[:args.slow]
@@ -160,7 +163,7 @@ def peoples_start(args, plain, home, picture):
 
 def show_cold_starts(args, plain, folder, home, picture):
     "Whole processes for one picture, in turn."
-    ours = [sys.executable, "-c", "from binvision.cli import main; main()", "predict", str(folder), str(picture)]
+    ours = [sys.executable, "-c", "from binvision.cli.main import main; main()", "predict", str(folder), str(picture)]
     name, theirs = peoples_start(args, plain, home, picture)
     seconds(ours), seconds(theirs)  # the files are in memory for both
     took = [(seconds(ours), seconds(theirs)) for _ in range(args.starts)]

@@ -51,8 +51,8 @@ def further(manifest, wider):
 
 def sets(args, manifest, seed):
     "Manifests by name: the path, and how many bins are trained on."
-    from binvision.core import UsageError
-    from binvision.split import read_manifest, write_manifest
+    from binvision.ground.core import UsageError
+    from binvision.split.manifest import read_manifest, write_manifest
 
     train, valid = manifest[manifest.part == "train"], manifest[manifest.part == "valid"]
     tables = {f"{n}-bins": pd.concat([some(train, n, seed), valid]) for n in sorted(args.sizes)} | {"default": manifest}
@@ -88,9 +88,9 @@ def shares(seeds):
 
 def main():
     args, settings = arguments()
-    from binvision.core import BinvisionError, atomic_write
-    from binvision.learner import train
-    from binvision.split import read_manifest
+    from binvision.ground.core import BinvisionError, atomic_write
+    from binvision.train.train import train
+    from binvision.split.manifest import read_manifest
 
     try:
         manifest, runs, bins = read_manifest(args.manifest), {}, {}

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from binvision.core import rng
-from binvision.metadata import catalogue
+from binvision.ground.core import rng
+from binvision.data.catalogue import catalogue
 
 WORDS = "Steel Bottle Kids Book Charger Cable Tea Organic Set Pack Blue Soft Case Light Puzzle Cream Mini Travel".split()
 

@@ -45,7 +45,8 @@ def options(rest):
     "The options of `binvision train` as the arguments of its function."
     from typer.main import get_command
 
-    from binvision.cli import app, read_numbers
+    from binvision.cli.main import app
+    from binvision.cli.options import read_numbers
 
     command = get_command(app).commands["train"]
     context = command.make_context("train", ["data", "manifest", "--out", "out", *rest])
@@ -71,9 +72,10 @@ def growing_pictures(start=.6):
 
 
 def synthetic(home, n):
-    from binvision.metadata import catalogue
-    from binvision.split import split, write_manifest
-    from binvision.synthetic import synthesize
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
+    from binvision.split.manifest import write_manifest
+    from binvision.synthetic.synthesize import synthesize
 
     data = synthesize(home / "bins", n=n, seed=0, max_side=128)
     write_manifest(split(catalogue(data), valid=.3, test=.1, seed=0), home / "manifest.csv")
@@ -82,7 +84,7 @@ def synthetic(home, n):
 
 def answers(run, data, manifest, part="valid", tta=False, name=None):
     "A run's distributions on a part, plain or mirrored too; written beside the runs once, under `name`."
-    from binvision.evaluate import evaluate, read_predictions
+    from binvision.evaluate.report import evaluate, read_predictions
 
     report = run.parent / (name or f"report-{part}{'-tta' if tta else ''}") / run.name
     if not (report / "predictions.csv").exists(): evaluate(run / "model", data, manifest, part, report, n_boot=0, cams=0, tta=tta)
@@ -91,7 +93,7 @@ def answers(run, data, manifest, part="valid", tta=False, name=None):
 
 def errors(p):
     "What each image adds to the figures: decoded by argmax, by the best way for each, and as a distribution."
-    from binvision.evaluate import decode
+    from binvision.evaluate.metrics import decode
 
     off = {how: decode(p["probabilities"], p["counts"], how) - p["labels"] for how in ("argmax", "median", "mean")}
     chance = p["probabilities"][np.arange(len(p["labels"])), np.searchsorted(p["counts"], p["labels"])]
@@ -153,8 +155,8 @@ def table(runs, data, manifest, n_boot):
 
 def main():
     args, settings = arguments()
-    from binvision.core import UsageError, atomic_write
-    from binvision.learner import train
+    from binvision.ground.core import UsageError, atomic_write
+    from binvision.train.train import train
     from fastai.callback.mixup import MixUp
 
     with tempfile.TemporaryDirectory() as home:

@@ -42,9 +42,10 @@ def arguments():
 
 def prepare(args, home):
     "The data set folder and its manifest."
-    from binvision.metadata import catalogue
-    from binvision.split import split, write_manifest
-    from binvision.synthetic import synthesize
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
+    from binvision.split.manifest import write_manifest
+    from binvision.synthetic.synthesize import synthesize
 
     if args.data: return args.data, args.manifest
     data = synthesize(home / "bins", n=args.n, seed=0, max_side=max(160, args.size))
@@ -54,8 +55,8 @@ def prepare(args, home):
 
 def timed(**kwargs):
     "Seconds of a search, and the table of its trials."
-    from binvision.search import search
-    from binvision.study import load_study, trials_table
+    from binvision.search.search import search
+    from binvision.search.study import load_study, trials_table
 
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()): search(**kwargs)
@@ -68,7 +69,7 @@ def main():
     warnings.simplefilter("ignore")
     import torch
 
-    from binvision.split import read_manifest
+    from binvision.split.manifest import read_manifest
 
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as home:

@@ -42,16 +42,18 @@ def arguments():
 
 def prepare(args, home):
     "The model's folder and the pictures."
-    from binvision.inference import list_pictures
-    from binvision.synthetic import synthesize
+    from binvision.ground.pictures import list_pictures
+    from binvision.synthetic.synthesize import synthesize
 
     data = None if args.images and args.model else synthesize(home / "bins", n=max(args.n, 64), seed=0)
     pictures = list_pictures(args.images or data / "bin-images")[:args.n]
     if args.model: return args.model, pictures
-    from binvision.data import bin_dataloaders
-    from binvision.learner import bin_learner, write_model
-    from binvision.metadata import catalogue
-    from binvision.split import split, write_manifest
+    from binvision.train.loaders import bin_dataloaders
+    from binvision.train.learner import bin_learner
+    from binvision.train.publish import write_model
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
+    from binvision.split.manifest import write_manifest
 
     write_manifest(split(catalogue(data)), home / "manifest.csv")
     dls = bin_dataloaders(data, home / "manifest.csv", size=args.size, workers=0)
@@ -60,7 +62,7 @@ def prepare(args, home):
 
 def offline(model, pictures, seconds):
     "Pictures per second of `predict` over the files, again and again."
-    from binvision.inference import predict
+    from binvision.model.predict import predict
 
     predict(model, pictures[:16])
     done, start = 0, time.perf_counter()
@@ -72,7 +74,7 @@ class Service:
     "The command in a process of its own."
 
     def __init__(self, model, backend, threads):
-        command = [sys.executable, "-c", "from binvision.cli import main; main()", "serve", str(model), "--port", "0", "--threads", str(threads), *(["--backend", backend] if backend else [])]
+        command = [sys.executable, "-c", "from binvision.cli.main import main; main()", "serve", str(model), "--port", "0", "--threads", str(threads), *(["--backend", backend] if backend else [])]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.url = json.loads(self.process.stdout.readline())["url"]
         threading.Thread(target=lambda: [None for _ in self.process.stdout], daemon=True).start()
@@ -153,7 +155,7 @@ def processor():
 
 def main():
     args = arguments()
-    from binvision.inference import load_model, predict
+    from binvision.model.predict import load_model, predict
 
     with tempfile.TemporaryDirectory() as home:
         folder, pictures = prepare(args, Path(home))
@@ -171,7 +173,7 @@ def main():
               "offline_per_second": rates, "exit_status": status, "rows": rows}
     show(result)
     if args.out:
-        from binvision.core import atomic_write
+        from binvision.ground.core import atomic_write
 
         with atomic_write(args.out, "w") as file: file.write(json.dumps(result, indent=1) + "\n")
     sys.exit(1 if status or any(row["errors"] for row in rows) else 0)

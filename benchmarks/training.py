@@ -37,9 +37,9 @@ def arguments():
 
 def make_pictures(home, n, side):
     "Synthetic bins, the same files in class folders, and a manifest whose training part has `n` of them."
-    from binvision.metadata import catalogue
-    from binvision.split import write_manifest
-    from binvision.synthetic import synthesize
+    from binvision.data.catalogue import catalogue
+    from binvision.split.manifest import write_manifest
+    from binvision.synthetic.synthesize import synthesize
 
     data = synthesize(home / "bins", n=n + 8, seed=0, max_side=side)
     bins = catalogue(data, images=False).bins
@@ -85,8 +85,8 @@ def ours(home, data, args, device):
     "An epoch of ours, and the seconds that decoding took."
     from fastai.callback.core import Callback, CancelValidException
 
-    from binvision.data import bin_dataloaders
-    from binvision.learner import bin_learner
+    from binvision.train.loaders import bin_dataloaders
+    from binvision.train.learner import bin_learner
 
     class NoValidation(Callback):
         def before_validate(self): raise CancelValidException

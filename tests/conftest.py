@@ -19,7 +19,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data(home):
     "A data set folder of 60 small synthetic bins; tests must not change it."
-    from binvision.synthetic import synthesize
+    from binvision.synthetic.synthesize import synthesize
 
     return Path(synthesize(home / "bins", n=60, seed=0, max_side=160))
 
@@ -27,8 +27,9 @@ def data(home):
 @pytest.fixture(scope="session")
 def manifest(home, data):
     "The path of a manifest of `data`."
-    from binvision.metadata import catalogue
-    from binvision.split import split, write_manifest
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
+    from binvision.split.manifest import write_manifest
 
     write_manifest(split(catalogue(data), valid=0.2, test=0.2, seed=0), home / "manifest.csv")
     return home / "manifest.csv"
@@ -37,7 +38,7 @@ def manifest(home, data):
 @pytest.fixture(scope="session")
 def run_folder(home, data, manifest):
     "The run folder of a small model, trained for one epoch; what it answers is of no use, and always the same."
-    from binvision.learner import train
+    from binvision.train.train import train
 
     return Path(train(data, manifest, home / "run", arch="resnet18", weights=None, size=64, batch_size=8,
                       epochs=1, frozen_epochs=0, lr=1e-3, seed=0))

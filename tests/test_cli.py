@@ -13,10 +13,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from binvision import __version__
-from binvision.cli import app
+from binvision.cli.main import app
 
 COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "train", "evaluate", "export", "predict", "serve", "search", "demo"]
-PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 TINY = ["--arch", "resnet18", "--weights", "none", "--size", "64", "--batch-size", "8", "--frozen-epochs", "0", "--lr", "0.001"]
 
 
@@ -49,7 +49,7 @@ def picture(folder, name, **kwargs):
 
 HELP = """
 import sys
-from binvision.cli import main
+from binvision.cli.main import main
 try: main()
 finally: print(*(m for m in ("torch", "fastai", "pandas", "matplotlib", "sklearn", "onnxruntime", "obstore") if m in sys.modules), file=sys.stderr)
 """
@@ -123,7 +123,7 @@ def test_from_synthetic_bins_to_predictions(home, monkeypatch):
     assert (home / "whole-explore/index.html").read_text().count("<img") > 2
 
     said = run("split", "whole", "--catalogue", "whole-cat", "--valid", 0.2, "--test", 0.2, "--out", "whole.csv").stdout
-    from binvision.split import read_manifest
+    from binvision.split.manifest import read_manifest
     manifest = read_manifest("whole.csv")
     assert manifest.attrs["sha256"] in said and "random" in said
     run("split", "whole", "--valid", 0.2, "--test", 0.2, "--out", "again.csv")
@@ -161,7 +161,7 @@ def test_demo_and_the_commands_it_ends_with(tmp_path, monkeypatch):
 
 
 def test_demo_replaces_what_is_its_own_and_nothing_else(tmp_path):
-    from binvision.cli import _demo_folder
+    from binvision.cli.demo import _demo_folder
 
     _demo_folder(tmp_path / "demo")
     (tmp_path / "demo/predictions.csv").write_text("of the first demo")
@@ -175,7 +175,7 @@ def test_demo_replaces_what_is_its_own_and_nothing_else(tmp_path):
 
 
 def test_class_folders_will_do(tmp_path, data):
-    from binvision.metadata import catalogue
+    from binvision.data.catalogue import catalogue
 
     for n, row in enumerate(catalogue(data, images=False).bins.itertuples(index=False)):
         folder = tmp_path / "classes" / str(row.count)
@@ -190,7 +190,7 @@ def test_split_options(tmp_path, data, manifest):
     ids = sorted(p.stem for p in (data / "bin-images").iterdir())
     rows = [f"{i},{json.loads((data / 'metadata' / f'{i}.json').read_bytes())['EXPECTED_QUANTITY']},{int(n >= 20)}" for n, i in enumerate(ids)]
     (tmp_path / "data/labels.csv").write_text("\n".join(["id,count,in_udacity_file_list", *rows]))
-    from binvision.split import read_manifest
+    from binvision.split.manifest import read_manifest
 
     run("split", tmp_path / "data", "--eval-where", "in_udacity_file_list=1", "--valid", 0.2, "--test", 0.2, "--out", tmp_path / "m.csv")
     m = read_manifest(tmp_path / "m.csv")
@@ -393,7 +393,7 @@ def test_a_training_job_finds_its_folders_in_the_environment(data, manifest, tmp
     for name, folder in {"SM_CHANNEL_TRAINING": "training", "SM_MODEL_DIR": "model", "SM_OUTPUT_DATA_DIR": "output"}.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     run("train", *TINY, "--epochs", 1, "--workers", 0)
-    from binvision.inference import load_model
+    from binvision.model.predict import load_model
 
     assert (tmp_path / "output" / "run" / "history.csv").exists()
     assert load_model(tmp_path / "model").card == load_model(tmp_path / "output" / "run" / "model").card

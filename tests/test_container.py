@@ -18,8 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from binvision.inference import predict
-from binvision.metadata import find_images
+from binvision.model.predict import predict
+from binvision.data.images import find_images
 
 root = Path(__file__).resolve().parent.parent
 
@@ -78,7 +78,7 @@ class Only:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in refused: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Only())
-from binvision.cli import main
+from binvision.cli.main import main
 main()
 """
 

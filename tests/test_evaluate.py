@@ -9,11 +9,14 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from binvision.core import DataError, ModelError, UsageError, rng
-from binvision.evaluate import (calibration, compare, constants, coverage, decode, difference, evaluate, grad_cam, metrics,
-                                metrics_table, read_predictions)
-from binvision.inference import load_model
-from binvision.split import read_manifest
+from binvision.ground.core import DataError, ModelError, UsageError, rng
+from binvision.evaluate.plots import calibration, coverage
+from binvision.evaluate.compare import compare, difference
+from binvision.evaluate.metrics import constants, decode, metrics, metrics_table
+from binvision.evaluate.report import evaluate, read_predictions
+from binvision.evaluate.explain import grad_cam
+from binvision.model.predict import load_model
+from binvision.split.manifest import read_manifest
 
 COUNTS = [1, 2, 3, 4, 5]
 
@@ -139,7 +142,7 @@ def test_coverage_and_calibration_account_for_every_image():
 def test_heat_of_a_linear_head_is_the_class_activation_map():
     "For average pooling and a linear layer Grad-CAM is CAM (Zhou et al. 2016), which needs no gradient."
     torch = pytest.importorskip("torch")
-    from binvision.evaluate import _cam
+    from binvision.evaluate.explain import _cam
     torch.manual_seed(0)
     body = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, stride=8), torch.nn.ReLU())
     head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5))
@@ -157,16 +160,16 @@ def test_heat_of_a_linear_head_is_the_class_activation_map():
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "resnet10t", "densenet121", "convnext_atto"])
 def test_grad_cam_of_other_networks(arch):
     pytest.importorskip("torch")
-    from binvision.evaluate import _cam
-    from binvision.learner import build_model
+    from binvision.evaluate.explain import _cam
+    from binvision.train.networks import build_model
     card = {"arch": arch, "counts": COUNTS, "size": 64, "resize": "pad", "mean": [.5]*3, "std": [.25]*3}
     _, heat, _ = _cam(card, build_model(arch, 5, None).eval(), np.full((40, 60, 3), 99, np.uint8))
     assert heat.shape == (64, 64) and np.isfinite(heat).all() and 0 <= heat.min() <= heat.max() <= 1
 
 
 def test_grad_cam_says_when_there_are_no_maps():
-    from binvision.evaluate import _cam
-    from binvision.learner import build_model
+    from binvision.evaluate.explain import _cam
+    from binvision.train.networks import build_model
     card = {"arch": "vit_tiny_patch16_224", "counts": COUNTS, "size": 224, "resize": "pad", "mean": [.5]*3, "std": [.25]*3}
     with pytest.raises(ModelError, match="convolutional"):
         _cam(card, build_model("vit_tiny_patch16_224", 5, None).eval(), np.zeros((40, 60, 3), np.uint8))

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from binvision.core import UsageError
-from binvision.explore import before_after, explore, near_duplicates, suspicious
-from binvision.metadata import catalogue
+from binvision.ground.core import UsageError
+from binvision.data.related import before_after, near_duplicates
+from binvision.data.explore import explore, suspicious
+from binvision.data.catalogue import catalogue
 
 
 def text_of(page):

@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 from binvision import choose as c
 from binvision import fetch as f
-from binvision.cli import app
-from binvision.core import DataError, UsageError
-from binvision.fetch import Bucket
+from binvision.cli.main import app
+from binvision.ground.core import DataError, UsageError
+from binvision.fetch.bucket import Bucket
 from faulty import FAULTS, Proxy, Store
 
-PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["binvision.fetch"])
 ABID = Path(os.environ.get("BINVISION_ABID") or Path(__file__).resolve().parent.parent.parent / "shared" / "abid")

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from binvision.cli import app
-from binvision.core import ModelError, UsageError
-from binvision.inference import load_model, predict, predict_stream, preprocess, softmax
+from binvision.cli.main import app
+from binvision.ground.core import ModelError, UsageError
+from binvision.model.predict import load_model, predict, predict_stream, softmax
+from binvision.ground.pictures import preprocess
 
-PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 
 
 def run(*args, status=0):
@@ -174,7 +175,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(both, many, tmp_path):
         folder = tmp_path / str(n)
         folder.mkdir()
         for i in range(n): os.link(many / f"{i % 5:03}.jpg", folder / f"{i:06}.jpg")
-        code = ("import resource, sys; from binvision.bulk import predict_to; predict_to(sys.argv[1], sys.argv[2], sys.argv[3]); "
+        code = ("import resource, sys; from binvision.model.bulk import predict_to; predict_to(sys.argv[1], sys.argv[2], sys.argv[3]); "
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
         done = subprocess.run([sys.executable, "-c", code, both, folder, tmp_path / f"{n}.parquet"], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
@@ -186,7 +187,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(both, many, tmp_path):
 # Cold start
 
 def test_one_picture_needs_neither_torch_nor_fastai_nor_pandas(both, data):
-    code = ("import sys\nfrom binvision.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
+    code = ("import sys\nfrom binvision.cli.main import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
             "print([m for m in ('torch', 'fastai', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'pyarrow', 'onnx') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, "predict", str(both), str(data / "bin-images/00001.jpg")], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]" and len(done.stdout.splitlines()) == 3, done.stdout + done.stderr

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from binvision.inference import load_model, predict
-from binvision.learner import load_torch, train
+from binvision.model.predict import load_model, predict
+from binvision.train.networks import load_torch
+from binvision.train.train import train
 
 ABID = Path(os.environ.get("BINVISION_ABID") or Path(__file__).parents[2] / "shared" / "abid")
 WEIGHTS = Path(os.environ.get("BINVISION_WEIGHTS") or ABID.parent / "weights" / "mobilenet_v2_imagenet.safetensors")
@@ -18,9 +19,10 @@ real = pytest.mark.skipif(not (ABID.is_dir() and WEIGHTS.is_file()), reason="nee
 
 @real
 def test_main_job_on_real_bins(tmp_path):
-    from binvision.evaluate import evaluate
-    from binvision.metadata import catalogue
-    from binvision.split import split, write_manifest
+    from binvision.evaluate.report import evaluate
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
+    from binvision.split.manifest import write_manifest
 
     cat = catalogue(ABID, images=False)
     course = cat.bins[cat.bins["in_udacity_file_list"] == "1"]["id"].head(400)
@@ -42,11 +44,14 @@ def test_pretrained_weights_fit_and_agree_with_torch(tmp_path, folder):
     "The body keeps the pretrained tensors, and ONNX Runtime answers as torch does on real photographs of both kinds."
     import torch
 
-    from binvision.data import bin_dataloaders
-    from binvision.inference import preprocess, softmax
-    from binvision.learner import bin_learner, read_weights, write_model
-    from binvision.metadata import catalogue
-    from binvision.split import split
+    from binvision.train.loaders import bin_dataloaders
+    from binvision.ground.pictures import preprocess
+    from binvision.model.predict import softmax
+    from binvision.train.learner import bin_learner
+    from binvision.train.networks import read_weights
+    from binvision.train.publish import write_model
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
 
     cat = catalogue(ABID, images=False)
     manifest = split(cat, ids=cat.bins[cat.bins["in_udacity_file_list"] == "1"]["id"].head(200))
@@ -74,7 +79,7 @@ def test_the_same_seed_gives_the_same_model(data, manifest, tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_never_removes_what_is_not_its_own(data, manifest, tmp_path, overwrite):
     "A project folder that happens to hold a config.json stays as it is, whatever is asked for."
-    from binvision.core import UsageError
+    from binvision.ground.core import UsageError
 
     (tmp_path / "model").mkdir()
     for name in ("config.json", "thesis.txt"): (tmp_path / name).write_text("{}")

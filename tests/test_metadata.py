@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from binvision.core import DataError, ImageError
-from binvision.metadata import catalogue, find_images, image_facts, parse_document, read_catalogue
+from binvision.ground.core import DataError, ImageError
+from binvision.data.catalogue import catalogue, read_catalogue
+from binvision.data.images import find_images, image_facts
+from binvision.data.documents import parse_document
 
 ABID = Path(os.environ.get("BINVISION_ABID", Path(__file__).parents[2] / "shared" / "abid"))
 
@@ -131,7 +133,7 @@ def test_normal_documents_are_no_problem(documents):
 
 def test_a_document_alone_raises_with_its_name_and_the_mend():
     with pytest.raises(DataError, match=r"523\.json: .*cut short") as caught: parse_document(USELESS["cut"][0], "523")
-    assert "fetch the document again" in caught.value.mend
+    assert "fetch the document again" in caught.value.hint
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -167,7 +169,7 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("id, reason", [
     ("half", "truncated"), ("zero", "is empty"), ("text", "not an image"), ("bomb", "50,000,000 pixels"),
-    ("large", "50,000,000 pixels"), ("halfpng", "cannot be decoded"), ("folder", "irectory"), ("gone", "No such file")])
+    ("large", "50,000,000 pixels"), ("halfpng", "cannot be decoded"), ("folder", "irectory"), ("gone", "no such file")])
 def test_an_unreadable_image_is_a_problem_and_its_bin_has_no_image(images, id, reason):
     data, tables = images
     assert reason in reasons(tables, id) and str(data) not in reasons(tables, id)
@@ -201,7 +203,7 @@ def test_an_image_alone_raises_with_its_name(images):
 def test_a_bomb_does_not_eat_memory(tmp_path):
     put(tmp_path / "bin-images" / "bomb.png", png_that_claims(20_000, 20_000))
     put(tmp_path / "bin-images" / "bomb2.png", png_that_claims(12_000, 12_000))
-    code = ("import resource, sys; from binvision.metadata import catalogue, image_facts; import imagehash\n"
+    code = ("import resource, sys; from binvision.data.catalogue import catalogue; from binvision.data.images import image_facts; import imagehash\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "print(len(catalogue(sys.argv[1]).problems), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)

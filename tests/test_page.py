@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 
-from binvision.inference import load_model, predict
-from binvision.metadata import find_images
-from binvision.serve import Settings, make_app, running
+from binvision.model.predict import load_model, predict
+from binvision.data.images import find_images
+from binvision.serve.limits import Settings
+from binvision.serve.service import make_app
+from binvision.serve.run import running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)

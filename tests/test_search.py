@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from binvision.core import UsageError
+from binvision.ground.core import UsageError
 
 SETTINGS = dict(arch="test_resnet", size=32, loaders=0)
 LONG = ["--arch", "test_resnet", "--weights", "none", "--size", "32", "--loaders", "0", "--heartbeat", "2", "--metric", "mae",
@@ -31,7 +31,7 @@ def space(tmp_path):
 
 
 def table_of(out, storage=None):
-    from binvision.study import load_study, trials_table
+    from binvision.search.study import load_study, trials_table
 
     return trials_table(load_study(out, storage))
 
@@ -65,7 +65,7 @@ def with_spoilt_test_part(data, manifest, folder):
 def test_a_search_that_is_killed_goes_on_with_the_same_trial(data, manifest, space, tmp_path):
     "Ended trials stay, the one that ran is repeated with the same values, and the test part is never read."
     spoilt, out = with_spoilt_test_part(data, manifest, tmp_path / "bins"), tmp_path / "search"
-    line = [sys.executable, "-c", "from binvision.cli import main; main()", "search", spoilt, manifest, "--out", out, "--space", space,
+    line = [sys.executable, "-c", "from binvision.cli.main import main; main()", "search", spoilt, manifest, "--out", out, "--space", space,
             "--trials", "3", "--epochs", "6", *LONG]
     program = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     url = f"sqlite:///{out}/study.db"
@@ -84,7 +84,7 @@ def test_a_search_that_is_killed_goes_on_with_the_same_trial(data, manifest, spa
     _, stderr = program.communicate(timeout=60)
     assert program.returncode == -signal.SIGKILL, stderr
 
-    from binvision.cli import app
+    from binvision.cli.main import app
     from typer.testing import CliRunner
 
     again = CliRunner().invoke(app, [str(a) for a in line[3:]])
@@ -145,7 +145,7 @@ def postgres():
 
 def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, space, tmp_path, postgres, capfd):
     "The other worker takes over the trial of the killed one; every trial is done exactly once, and no password is shown."
-    from binvision.search import read_best, search
+    from binvision.search.search import read_best, search
 
     out, n = tmp_path / "run", 2 + KILLS
     errors = []
@@ -184,7 +184,7 @@ def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, sp
 
 
 def test_a_postgresql_server_that_refuses(postgres, data, manifest, tmp_path):
-    from binvision.cli import app
+    from binvision.cli.main import app
     from typer.testing import CliRunner
 
     wrong = postgres.replace("/postgres", "/nowhere")
@@ -196,7 +196,7 @@ def test_a_postgresql_server_that_refuses(postgres, data, manifest, tmp_path):
 @pytest.mark.parametrize("url,says", [("nowhere", "not the URL"), ("foo://x/y", "not the URL"), ("postgresql://me:secret@127.0.0.1:9/x", "refused"),
                                       ("sqlite:////proc/nowhere/x.db", "cannot be used")])
 def test_a_wrong_storage_is_one_clear_message(data, manifest, tmp_path, url, says):
-    from binvision.cli import app
+    from binvision.cli.main import app
     from typer.testing import CliRunner
 
     done = CliRunner().invoke(app, ["search", str(data), str(manifest), "--storage", url, "--out", str(tmp_path / "x")])
@@ -226,7 +226,7 @@ def test_out_of_memory_is_recorded_and_the_study_goes_on(data, manifest, tmp_pat
 
 
 def test_a_study_in_which_all_fails_says_why(data, manifest, tmp_path):
-    from binvision.search import search
+    from binvision.search.search import search
 
     with pytest.raises(UsageError, match="none of 2 trials was completed.*'crumple'"):
         search(data, manifest, tmp_path / "x", trials=2, space={"lr": [1e-3, 2e-3], "resize": "crumple"}, weights=None, epochs=1, **SETTINGS)
@@ -239,8 +239,9 @@ def test_trials_are_compared_at_the_same_distance_from_the_end(data, manifest, t
     import timm
     import torch
 
-    from binvision.search import _PRUNERS, search
-    from binvision.study import load_study
+    from binvision.search.job import _PRUNERS
+    from binvision.search.search import search
+    from binvision.search.study import load_study
 
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     space = {"frozen_epochs": [0, 2], "epochs": [1, 2]}

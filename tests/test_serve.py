@@ -22,11 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from binvision.inference import load_model, predict
-from binvision.metadata import find_images
-from binvision.serve import Settings, make_app, running
+from binvision.model.predict import load_model, predict
+from binvision.data.images import find_images
+from binvision.serve.limits import Settings
+from binvision.serve.service import make_app
+from binvision.serve.run import running
 
-PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()", "serve"]
+PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()", "serve"]
 TOKEN = "a-token-for-these-tests"
 
 

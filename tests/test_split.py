@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from binvision.core import DataError, UsageError
-from binvision.metadata import catalogue
-from binvision.split import (PARTS, extend, given_split, group_bins, leak_report, random_split, read_manifest, split,
-                             write_manifest)
+from binvision.ground.core import DataError, UsageError
+from binvision.data.catalogue import catalogue
+from binvision.split.manifest import PARTS, given_split, read_manifest, write_manifest
+from binvision.split.split import extend, random_split, split
+from binvision.data.groups import group_bins
+from binvision.split.leaks import leak_report
 
 PROMISED = ["neighbour sharing an ASIN", "ASIN Jaccard ≥ 0.3", "near-duplicate picture", "neighbour without metadata"]
 COLUMNS = dict(zip("njpua", [*PROMISED, "any shared ASIN"]))
@@ -172,7 +174,7 @@ def test_a_spoilt_manifest_is_named(tmp_path, text, words):
     path = tmp_path/"manifest.csv"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=words) as error: read_manifest(path)
-    assert str(path) in error.value.problem and error.value.mend
+    assert str(path) in error.value.problem and error.value.hint
 
 
 def test_a_manifest_that_is_not_there(tmp_path):

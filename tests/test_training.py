@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from binvision.core import UsageError
-from binvision.learner import train
+from binvision.ground.core import UsageError
+from binvision.train.train import train
 
-PROGRAM = [sys.executable, "-c", "from binvision.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 ALONE = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -53,7 +53,7 @@ def until_killed(command, line, delay):
 
 def metrics_in(lines):
     "What a log collector finds in lines of output, by name."
-    from binvision.runs import METRIC_DEFINITIONS
+    from binvision.train.runs import METRIC_DEFINITIONS
 
     return {d["Name"]: [float(m.group(1)) for line in lines if (m := re.search(d["Regex"], line))] for d in METRIC_DEFINITIONS}
 
@@ -116,7 +116,7 @@ def test_going_on_asks_for_the_same_run(tmp_path, data, manifest):
     shutil.copytree(tmp_path / "run", tmp_path / "torn")
     (tmp_path / "torn/checkpoints/last.safetensors").write_bytes(b"torn")
     shutil.rmtree(tmp_path / "torn/model")
-    from binvision.core import DataError
+    from binvision.ground.core import DataError
     with pytest.raises(DataError, match="not a checkpoint"): train(data, manifest, tmp_path / "torn", **options, resume=True)
 
 
@@ -142,10 +142,10 @@ def test_a_training_with_every_recipe_goes_on_too(tmp_path, data, manifest, weig
     from fastai.callback.core import Callback
     from fastai.callback.mixup import MixUp
 
-    from binvision.core import set_seed
-    from binvision.data import bin_dataloaders
-    from binvision.learner import bin_learner, fine_tune
-    from binvision.recipes import recipe_callbacks
+    from binvision.ground.core import set_seed
+    from binvision.train.loaders import bin_dataloaders
+    from binvision.train.learner import bin_learner, fine_tune
+    from binvision.train.recipes import recipe_callbacks
 
     class Die(Callback):
         def before_batch(self):
@@ -176,8 +176,8 @@ real = os.replace
 os.replace = lambda *names: (written.append(str(names[1])), real(*names))
 
 from fastai.callback.core import Callback
-from binvision.data import BinLoader
-from binvision.learner import train
+from binvision.train.loaders import BinLoader
+from binvision.train.train import train
 
 class Note(Callback):
     order = 90
@@ -198,8 +198,8 @@ assert (home / "run/model/card.json").exists()
 
 def test_two_processes_train_one_model(tmp_path, data, manifest):
     "Both know the same metrics and share one order, that of a single process; one alone writes the run folder."
-    from binvision.core import set_seed
-    from binvision.data import bin_dataloaders
+    from binvision.ground.core import set_seed
+    from binvision.train.loaders import bin_dataloaders
 
     options = dict(arch="test_resnet", weights=None, size=32, batch_size=4, epochs=2, seed=3, device="cpu")
     (tmp_path / "rank.py").write_text(RANK)
@@ -219,5 +219,5 @@ def test_two_processes_train_one_model(tmp_path, data, manifest):
     train_dl.randomize()
     alone = train_dl.get_idxs()
     assert (first["order"][0] + second["order"][0])[:len(alone)] == alone  # more would be padding
-    from binvision.inference import predict
+    from binvision.model.predict import predict
     assert not predict(tmp_path / "run/model", data / "bin-images").failed
