@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from binvision import __version__
 from binvision.cli.main import app
 
-COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "train", "evaluate", "export", "predict", "serve", "search", "demo"]
+COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "train", "evaluate", "ensemble", "export", "predict",
+            "serve", "search", "demo"]
 PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 TINY = ["--arch", "resnet18", "--weights", "none", "--size", "64", "--batch-size", "8", "--frozen-epochs", "0", "--lr", "0.001"]
 
@@ -63,12 +64,10 @@ def test_help_waits_for_no_heavy_import(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_complete(command):
-    from binvision import cli
-
-    text = run(command, "--help").stdout
-    undocumented = [p.name for p in _click_command(command).params if not (getattr(p, "help", None) or p.name == "help")]
+    text, about = run(command, "--help").stdout, _click_command(command)
+    undocumented = [p.name for p in about.params if not (getattr(p, "help", None) or p.name == "help")]
     assert not undocumented, f"{command}: no help for {undocumented}"
-    assert getattr(cli, command).__doc__.split(".")[0] in " ".join(text.split())
+    assert about.help and about.help.split(".")[0] in " ".join(text.split())
 
 
 def _click_command(name):
@@ -77,26 +76,42 @@ def _click_command(name):
     return typer.main.get_command(app).commands[name]
 
 
-@pytest.mark.parametrize("command", COMMANDS[:-1])
+FUNCTIONS = {
+    "synthesize": "synthetic.synthesize", "catalogue": "data.catalogue", "explore": "data.explore", "split": "split.split",
+    "train": "train.train", "evaluate": "evaluate.report", "ensemble": "evaluate.ensemble", "export": "model.quantize",
+    "predict": "model.predict", "search": "search.search", "fetch": "fetch.fetch", "index": "fetch.index", "serve": "serve.run"}
+ONLY_HERE = {
+    "split": "data catalogue given extend out", "train": "from_", "predict": "out root overwrite",
+    "search": "arch weights size epochs fixed device show_space",
+    "fetch": "lists counts per_count sample balance index seed images_only metadata_only dry_run"}
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
 def test_options_are_the_parameters_of_the_function(command):
     import importlib
     import inspect
 
-    module = {"synthesize": "synthetic", "catalogue": "metadata", "explore": "explore", "split": "split", "train": "learner",
-              "evaluate": "evaluate", "export": "quantize", "predict": "inference", "search": "search", "fetch": "fetch", "index": "fetch", "serve": "serve"}[command]
-    function = getattr(importlib.import_module(f"binvision.{module}"), command)
-    further = {"split": "data catalogue given extend out", "train": "from_", "search": "arch weights size epochs fixed device show_space", "predict": "out root overwrite",
-               "fetch": "list counts per_count sample balance index seed images_only metadata_only dry_run"}
-    only_here = {"help", "as_json", *further.get(command, "").split()}
-    options = {p.name for p in _click_command(command).params} - only_here
+    from binvision.serve.limits import ServeSettings
+
+    function = getattr(importlib.import_module(f"binvision.{FUNCTIONS[command]}"), command)
+    options = {p.name for p in _click_command(command).params} - {"help", "as_json", *ONLY_HERE.get(command, "").split()}
     known = set(inspect.signature(function).parameters)
-    if command in ("fetch", "index"): known |= {"endpoint", "region", "profile", "timeout", "attempts"}  # of fetch.Bucket
-    if command == "serve": known |= set(importlib.import_module("binvision.intake").Settings.__dataclass_fields__) | {"token_file"}
+    if command in ("fetch", "index"): known |= {"endpoint", "region", "profile", "timeout", "attempts"}  # of fetch.bucket.Bucket
+    if command == "serve": known |= set(ServeSettings.model_fields)
     assert options <= known, options - known
 
 
+def test_the_defaults_are_those_of_the_settings():
+    from binvision.search.settings import SearchSettings
+    from binvision.train.settings import TrainSettings
+
+    for command, settings in (("train", TrainSettings()), ("search", SearchSettings())):
+        for p in _click_command(command).params:
+            if hasattr(settings, p.name): assert p.default == getattr(settings, p.name), (command, p.name)
+
+
 def test_importing_the_program_imports_nothing_heavy():
-    code = "import sys, binvision.cli; print([m for m in ('numpy', 'pandas', 'torch', 'fastai', 'matplotlib') if m in sys.modules])"
+    code = "import sys, binvision.cli.main; print([m for m in ('numpy', 'pandas', 'torch', 'fastai', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -6,7 +6,7 @@
 __all__ = ['BinvisionError', 'DataError', 'ModelError', 'UsageError', 'ImageError', 'bin_id', 'rng', 'set_seed', 'disk_errors',
            'atomic_write', 'atomic_folder', 'sha256']
 
-# %% ../../nbs/00_ground/00_core.ipynb #e549a29a
+# %% ../../nbs/00_ground/00_core.ipynb #962d7852
 import contextlib
 import hashlib
 import os
@@ -16,8 +16,6 @@ import shutil
 import sys
 import zlib
 from pathlib import Path, PurePosixPath
-
-import numpy as np
 
 # %% ../../nbs/00_ground/00_core.ipynb #cb122f79
 class BinvisionError(Exception):
@@ -67,19 +65,23 @@ def bin_id(
     "The id of a bin: its key without folder and extension, spelled exactly as it is."
     return PurePosixPath(str(key).replace("\\", "/")).stem
 
-# %% ../../nbs/00_ground/00_core.ipynb #c257bfb7
+# %% ../../nbs/00_ground/00_core.ipynb #618fb113
 def rng(
     seed:int, # the seed of the run
     *names, # what the numbers are for: strings or whole numbers, such as "bin", "00523"
-)->np.random.Generator:
+): # a NumPy Generator
     "An independent stream of random numbers for the thing called `names` under `seed`."
+    import numpy as np
+
     return np.random.default_rng([seed, *(zlib.crc32(str(name).encode()) for name in names)])
 
-# %% ../../nbs/00_ground/00_core.ipynb #a916ccbe
+# %% ../../nbs/00_ground/00_core.ipynb #9df4b61f
 def set_seed(
     seed:int, # seeds Python's, NumPy's and (where torch is loaded) torch's global generators
 ):
     "Seed every global random generator in use; torch is seeded only if something has already imported it."
+    import numpy as np
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
