@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# %% ../../nbs/05_model/00_scores.ipynb #54fe8f9e
+# %% ../../nbs/05_model/00_scores.ipynb #5a1ded78
 def softmax(
     logits:np.ndarray, # … × number of counts
 )->np.ndarray: # the same shape, float64; the last axis sums to 1
@@ -18,7 +18,7 @@ def softmax(
     z = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return z / z.sum(-1, keepdims=True)
 
-# %% ../../nbs/05_model/00_scores.ipynb #97ebaeec
+# %% ../../nbs/05_model/00_scores.ipynb #fdfdfb7b
 def scores(
     probabilities:np.ndarray, # n × number of counts, each row sums to 1
     labels:np.ndarray, # n true counts, in items (not class indices)
@@ -28,10 +28,10 @@ def scores(
     counts, labels = np.asarray(counts), np.asarray(labels)
     answers = counts[probabilities.argmax(1)]
     given = (probabilities * (labels[:, None] == counts)).sum(1)  # 0 for a count that has no column
-    return {"n": len(labels), "accuracy": float((answers == labels).mean()), "mae": float(np.abs(answers - labels).mean()),
-            "nll": float(-np.log(given.clip(1e-12)).mean())}
+    return {"n": len(labels), "accuracy": float((answers == labels).mean()),
+            "mae": float(np.abs(answers - labels).mean()), "nll": float(-np.log(given.clip(1e-12)).mean())}
 
-# %% ../../nbs/05_model/00_scores.ipynb #ee084b45
+# %% ../../nbs/05_model/00_scores.ipynb #6f810c2c
 def divergence(
     p:np.ndarray, # n × number of counts, probabilities
     q:np.ndarray, # the same shape
