@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Objects per second of `binvision.fetch`, beside boto3 one by one and boto3 with 16 threads, from one server in one run.
+"""Objects per second of `binvision.fetch`, compared with boto3 one by one and boto3 with 16 threads, from one server in one run.
 
 The server is moto's, on loopback; in front of it stands the tests' proxy, which keeps the answers (so that the server is not
 what is measured) and adds latency to each. `binvision.fetch` checks MD5s, decodes every picture and keeps checksums; boto3
@@ -115,7 +115,7 @@ def proxy(upstream):
 
 
 def full_scale(n):
-    "Index a made-up bucket of n documents, and watch memory and open files while it goes on."
+    "Index a made-up bucket of n documents, and watch memory and open files meanwhile."
     from endless import Endless
 
     bucket = Endless(n)
