@@ -17,27 +17,30 @@ from ..ground.core import ModelError, UsageError
 from ..ground.machine import cores
 from .folder import check_file, read_card
 
-# %% ../../nbs/05_model/02_backends.ipynb #f9174e07
-BACKENDS = {"cuda": "model.onnx", "int8": "model.int8.onnx", "fp32": "model.onnx"} # the fastest first; backend → the file that it runs
+# %% ../../nbs/05_model/02_backends.ipynb #ac4c341c
+BACKENDS = {"cuda": "model.onnx", "int8": "model.int8.onnx", "fp32": "model.onnx"} # the fastest first, with its file
 
-# %% ../../nbs/05_model/02_backends.ipynb #ec00ebd9
+# %% ../../nbs/05_model/02_backends.ipynb #d2f23361
 def choose_backend(
     card:dict, # of a model folder
     backend:str|None=None, # "cuda", "int8" or "fp32"; None for the fastest that is available
 )->str:
-    "The backend to run a model with. Raises `UsageError` for an unknown one, `ModelError` for one that is not available."
+    "The backend to run a model with. Raises `UsageError` for an unknown one and `ModelError` for a missing one."
     import onnxruntime as ort
 
-    if backend not in (None, *BACKENDS): raise UsageError(f"backend {backend!r}: not known", f"use one of {', '.join(BACKENDS)}")
+    if backend not in (None, *BACKENDS):
+        raise UsageError(f"backend {backend!r}: not known", f"use one of {', '.join(BACKENDS)}")
     available = {"cuda": "CUDAExecutionProvider" in ort.get_available_providers(),
                  "int8": BACKENDS["int8"] in card.get("files", {}), "fp32": True}
     if backend == "int8" and not available["int8"]:
-        raise ModelError(f"{card['arch']}: this model folder has no {BACKENDS['int8']}", "make it: binvision export MODEL --int8 DATA MANIFEST")
+        raise ModelError(f"{card['arch']}: this model folder has no {BACKENDS['int8']}",
+                         "make it: binvision export MODEL --int8 DATA MANIFEST")
     if backend == "cuda" and not available["cuda"]:
-        raise ModelError("backend cuda: this ONNX Runtime was built without it", "pip install onnxruntime-gpu in place of onnxruntime")
+        raise ModelError("backend cuda: this ONNX Runtime was built without it",
+                         "pip install onnxruntime-gpu in place of onnxruntime")
     return backend or next(name for name, found in available.items() if found)
 
-# %% ../../nbs/05_model/02_backends.ipynb #7c8417d7
+# %% ../../nbs/05_model/02_backends.ipynb #34b530f4
 def _session(path, backend, threads):
     "An ONNX Runtime session of one file, or `None` where CUDA does not start."
     import onnxruntime as ort
@@ -48,10 +51,11 @@ def _session(path, backend, threads):
     providers = ["CUDAExecutionProvider"] * (backend == "cuda") + ["CPUExecutionProvider"]
     try: session = ort.InferenceSession(path, options, providers=providers)
     except Exception as e:
-        raise ModelError(f"{path}: ONNX Runtime cannot open it ({str(e)[:200]})", "export the model again, or upgrade onnxruntime") from e
+        raise ModelError(f"{path}: ONNX Runtime cannot open it ({str(e)[:200]})",
+                         "export the model again, or upgrade onnxruntime") from e
     return session if session.get_providers()[0] == providers[0] else None
 
-# %% ../../nbs/05_model/02_backends.ipynb #eac9301f
+# %% ../../nbs/05_model/02_backends.ipynb #c1cab951
 class Model:
     "An opened model folder: its `card`, the `backend` that runs it, and `logits`. Threads may share one."
 
@@ -64,7 +68,8 @@ class Model:
         self.folder, self.card, self.threads = Path(folder), read_card(folder), threads or cores()
         self._open(choose_backend(self.card, backend), threads)
         if self.session is None:  # this ONNX Runtime knows CUDA, but finds no GPU
-            if backend: raise ModelError("backend cuda: ONNX Runtime finds no GPU that it can use", "look at nvidia-smi, or use int8 or fp32")
+            if backend: raise ModelError("backend cuda: ONNX Runtime finds no GPU that it can use",
+                                         "look at nvidia-smi, or use int8 or fp32")
             self._open("int8" if BACKENDS["int8"] in self.card["files"] else "fp32", threads)
         self.input = self.session.get_inputs()[0].name
         self._check_outputs()
@@ -74,7 +79,8 @@ class Model:
         "A session that computes in the thread that calls it; the same as `session` on a GPU or with one thread."
         return self.session if self.backend == "cuda" or self.threads == 1 else _session(self.path, self.backend, 1)
 
-    def __repr__(self): return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
+    def __repr__(self):
+        return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
 
 # %% ../../nbs/05_model/02_backends.ipynb #1aa8a762
 @patch
@@ -92,10 +98,10 @@ def _check_outputs(self:Model):
         raise ModelError(f"{self.path}: gives {n} numbers, and the card names {len(counts)} counts",
                          "take all files of the model folder from their source again")
 
-# %% ../../nbs/05_model/02_backends.ipynb #86a1f3c2
+# %% ../../nbs/05_model/02_backends.ipynb #64484276
 def load_model(
     folder:str|os.PathLike, # a model folder
-    backend:str|None=None, # "cuda", "int8" (if exported) or "fp32"; None for the fastest that is available, in this order
+    backend:str|None=None, # "cuda", "int8" (if exported) or "fp32"; None for the fastest that is available
     threads:int|None=None, # processor threads to use; None for all cores
 )->Model:
     "Open a model folder for prediction. Raises `ModelError` for one that cannot be used."

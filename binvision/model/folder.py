@@ -46,7 +46,7 @@ def read_card(
         raise ModelError(f"{path}: mean and std are not three numbers each", "write them for red, green and blue")
     return card
 
-# %% ../../nbs/05_model/01_folder.ipynb #87e8b3f6
+# %% ../../nbs/05_model/01_folder.ipynb #7b76a2f3
 def check_file(
     folder:str|os.PathLike, # a model folder
     card:dict, # its card
@@ -54,7 +54,8 @@ def check_file(
 )->Path: # where the file is
     "The path of a model's file. Raises `ModelError` if it is missing or its SHA-256 is not the one in the card."
     path = Path(folder)/name
-    if not path.is_file(): raise ModelError(f"{path}: missing", "take all files of the model folder from their source again")
+    if not path.is_file():
+        raise ModelError(f"{path}: missing", "take all files of the model folder from their source again")
     if sha256(path) != card.get("files", {}).get(name):
         raise ModelError(f"{path}: is not the file that card.json names (its SHA-256 differs)",
                          "files of two models were mixed, or one was cut off: take all of them from their source again")
