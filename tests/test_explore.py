@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from binvision.ground.core import UsageError
-from binvision.data.related import before_after, near_duplicates
+from binvision.data.related import before_after, near_duplicates, picture_pairs
 from binvision.data.explore import explore, suspicious
 from binvision.data.catalogue import catalogue
 
@@ -114,6 +114,24 @@ def test_near_duplicates_are_those_of_a_full_comparison(distance):
     full = {(f"{i:03d}", f"{j:03d}") for i in range(500) for j in range(i) if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= distance}
     found = near_duplicates(bins, distance)
     assert {tuple(sorted(pair, reverse=True)) for pair in found[["id", "other"]].values.tolist()} == full and len(full) > 10
+
+
+def test_each_pair_of_pictures_is_found_once():
+    random = np.random.default_rng(1)
+    hashes = np.unique(random.integers(0, 2**12, 400, dtype=np.uint64) * np.uint64(2**40 + 1))
+    rows = random.permutation(len(hashes))[:300]
+    found = [tuple(sorted(pair)) for a, b in picture_pairs(hashes, rows, 5) for pair in zip(a.tolist(), b.tolist())]
+    full = {(i, j) for j in rows.tolist() for i in rows.tolist() if i < j and (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 5}
+    assert len(found) == len(set(found)) and set(found) == full and len(full) > 300
+
+
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_where_many_pictures_are_the_same_each_is_listed_with_a_few(most):
+    bins = pd.DataFrame({"id": [f"{i:02d}" for i in range(30)], "phash": ["00000000000000ff"] * 20 + ["00000000000000fe"] * 10})
+    found = near_duplicates(bins, most=most)
+    assert not found.duplicated(["id", "other"]).any() and (found["id"] < found["other"]).all()
+    partners = pd.concat([found["id"], found["other"]]).nunique()
+    assert partners == 30 and len(found) == (435 if most == 50 else len(found)) and len(found) <= 30 * 2 * most
 
 
 def test_near_duplicates_of_many_images_end():
