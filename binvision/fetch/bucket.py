@@ -49,11 +49,11 @@ def _credentials(profile):
         hint = "see `aws configure list-profiles`, or leave it out: the public bucket needs none"
         raise UsageError(f"profile {profile}: {e}", hint) from e
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #65a6d40d
+# %% ../../nbs/03_fetch/00_bucket.ipynb #94bf0891
 @patch
 def open(
     self:Bucket,
-)->S3Store: # sends each request once; `Bucket.retry` repeats it
+)->S3Store: # sends each request once; Bucket.retry repeats it
     "A client for the bucket; nothing is sent yet. Raises `UsageError` for a bad endpoint or profile."
     if self.endpoint and not re.match(r"https?://[^/\s]", self.endpoint):
         raise UsageError(f"endpoint {self.endpoint}: not a URL", "it has to begin with http:// or https://")
@@ -128,14 +128,14 @@ def errors(
     try: yield
     except (BaseError, OSError, ValueError) as e: raise _failure(e, self) from e
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #2c274f81
+# %% ../../nbs/03_fetch/00_bucket.ipynb #bfa18ebb
 @patch
 def retry(
     self:Bucket,
     request, # function to call; it raises an ObjectError where it fails
     *args, # its arguments
     stop:threading.Event|None=None, # once set, pauses end and nothing is asked again
-): # what `request` returns
+): # what the request returns
     "Call `request` until it succeeds. Raises its last `ObjectError`, with the number of `attempts`, where it does not."
     stop = stop or threading.Event()
     retrying = tenacity.Retrying(

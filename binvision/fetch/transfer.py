@@ -82,7 +82,7 @@ def _download(bucket, store, key):
         raise ObjectError("broken", "the bytes that arrived do not have the MD5 that the store names", retry=True)
     return raw, digest, confirmed
 
-# %% ../../nbs/03_fetch/01_transfer.ipynb #20a7f37d
+# %% ../../nbs/03_fetch/01_transfer.ipynb #5a31b989
 class Received(NamedTuple):
     "An object that was downloaded and verified."
     kept:bytes # the bytes to keep
@@ -92,7 +92,7 @@ class Received(NamedTuple):
 
 def get_object(
     bucket:Bucket, # names the store in errors
-    store:S3Store, # client of the bucket, from `Bucket.open`
+    store:S3Store, # client of the bucket, from Bucket.open
     key:str, # key of the object, such as bin-images/00523.jpg
     max_side:int|None=None, # pixels of the longer side that a picture may have at most; None keeps it as it is
 )->Received:
