@@ -35,7 +35,7 @@ def count(self:SyntheticBin)->int:
     "How many items the bin holds."
     return len(self.units)
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #1e1c0a01
+# %% ../../nbs/01_synthetic/07_bins.ipynb #a87a3204
 def _arrange(path, place, run, seed):
     "The scene of a run, and the units that are in the bin at one of its photos."
     most = max(path)
@@ -57,7 +57,7 @@ def synthetic_bin(
     image = take_photo(scene, units, place, max_side)
     return SyntheticBin(id, image, bin_document([unit.product for unit in units], id), units)
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #708d3638
+# %% ../../nbs/01_synthetic/07_bins.ipynb #3a56a207
 @patch
 def jpeg(self:SyntheticBin)->bytes:
     "The picture as a file of the bucket."
@@ -71,10 +71,10 @@ def json(self:SyntheticBin)->bytes:
     "The document as a file of the bucket: indented by four, keys in order."
     return json.dumps(self.document, indent=4, sort_keys=True).encode()
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #7f040c30
+# %% ../../nbs/01_synthetic/07_bins.ipynb #48da1d07
 COURSE = {1: 1228, 2: 2299, 3: 2666, 4: 2373, 5: 1875} # count → bins, in the course's subset
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #01322ef0
+# %% ../../nbs/01_synthetic/07_bins.ipynb #80da75f8
 def _runs_of(length, part, left):
     "Runs of some length and how often each occurs: together a part of all photos, if what is left allows it."
     paths = [tuple(range(c, c - length, -1)) for c in left if all(c - k in left for k in range(length))]
@@ -85,7 +85,7 @@ def _runs_of(length, part, left):
     scale = min([1, *(.95*left[c]/used[c] for c in used if used[c])])
     return {path: scale*part/length*weight/sum(weights) for path, weight in zip(paths, weights)}
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #5fc22f72
+# %% ../../nbs/01_synthetic/07_bins.ipynb #e7a29c3f
 def _run_kinds(shares):
     "Every kind of run (its counts, falling) and how often it occurs, so that all photos together follow the shares."
     left, runs = {c: share/sum(shares.values()) for c, share in shares.items()}, {}
@@ -95,7 +95,7 @@ def _run_kinds(shares):
             for c in path: left[c] -= share
     return runs | {(c,): share for c, share in left.items()}
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #b9e022ff
+# %% ../../nbs/01_synthetic/07_bins.ipynb #66ba0ac4
 @dataclass(frozen=True)
 class Plan:
     "Which bin to draw: one photo of a run."
@@ -110,7 +110,7 @@ def count(self:Plan)->int:
     "How many items the bin holds."
     return self.path[self.place]
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #0785c57e
+# %% ../../nbs/01_synthetic/07_bins.ipynb #94017af3
 def _draw_path(kinds, g):
     "One of the kinds of run, as often as it should occur."
     paths, chances = zip(*kinds.items())
@@ -118,7 +118,7 @@ def _draw_path(kinds, g):
     path = paths[int(np.searchsorted(edges, g.random()))]
     return path[::-1] if g.random() < .3 else path
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #98e7ee12
+# %% ../../nbs/01_synthetic/07_bins.ipynb #f35d502c
 def plan_bins(
     n:int, # how many bins
     seed:int=0, # the data set's seed

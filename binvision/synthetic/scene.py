@@ -109,7 +109,7 @@ def remaining(
     "The units that are left after a hand has taken some, in the order of the next to go."
     return [self.units[k] for k in self.order[taken:]]
 
-# %% ../../nbs/01_synthetic/04_scene.ipynb #01bc2b9e
+# %% ../../nbs/01_synthetic/04_scene.ipynb #6fe78bf7
 def _taking_order(units, columns, g):
     "Numbers of the units in the order in which a hand takes them, always the top of a column; empties the columns."
     order = []
@@ -118,7 +118,7 @@ def _taking_order(units, columns, g):
         order.append(units.index(standing[g.integers(len(standing))].pop()))
     return order
 
-# %% ../../nbs/01_synthetic/04_scene.ipynb #93cc6d54
+# %% ../../nbs/01_synthetic/04_scene.ipynb #4e94051e
 def _first_width(products, aspect, g):
     "A width for the bin to start with, inches."
     sides = ((max(p.size[0], p.size[1]*.75)/.8, max(p.size[:2])/(.8*aspect)) for p in products)
@@ -135,7 +135,7 @@ def _arrangement(products, space, aspect, clear, g):
     set_visible(units, Camera((120, round(high)), (0, 0, 120, high), space))
     return (units, columns) if all(unit.visible >= clear for unit in units) else None
 
-# %% ../../nbs/01_synthetic/04_scene.ipynb #da3d308b
+# %% ../../nbs/01_synthetic/04_scene.ipynb #6ab3c8ab
 def make_scene(
     products:list, # a Product for each item
     run:int=0, # which bin of the data set
