@@ -1,5 +1,8 @@
 """The files around the library agree with each other: settings, site, workflows, README, version."""
+import ast
+import json
 import re
+import statistics
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -72,10 +75,140 @@ def test_workflows_pin_their_actions_and_ask_for_little(workflow):
     assert all("timeout-minutes" in job for job in described["jobs"].values())
 
 
+LIGHT = ["ground", "synthetic", "data", "fetch", "split", "model", "serve", "cli"]
+
+
+def modules(*wings):
+    "The modules of some wings, or of all."
+    found = sorted(p.relative_to(root).with_suffix("") for p in (root / "binvision").rglob("*.py") if p.name[0] != "_")
+    return [".".join(p.parts) for p in found if not wings or p.parts[1] in wings]
+
+
 def test_data_work_and_inference_know_no_torch():
     "What must start fast or run without torch imports neither torch nor fastai, also indirectly."
-    light = ["core", "synthetic", "metadata", "fetch", "choose", "explore", "split", "inference", "quantize", "bulk", "intake", "page", "serve", "cli"]
-    code = "import sys, importlib; importlib.import_module(sys.argv[1]); print([m for m in ('torch', 'fastai', 'timm') if m in sys.modules])"
-    for name in light:
-        done = subprocess.run([sys.executable, "-c", code, f"binvision.{name}"], capture_output=True, text=True)
-        assert done.stdout.strip() == "[]", f"{name}: {done.stdout}{done.stderr}"
+    light = [*modules(*LIGHT), "binvision.train.settings", "binvision.search.settings", "binvision.evaluate.metrics"]
+    code = ("import sys, importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+            "    heavy = [m for m in ('torch', 'fastai', 'timm') if m in sys.modules]\n    assert not heavy, (name, heavy)")
+    done = subprocess.run([sys.executable, "-c", code, *light], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
+# What holds of every notebook and module
+
+def cells():
+    "Notebook, code of a cell, and its output types; of all notebooks."
+    for name in sorted(notebooks):
+        for cell in json.loads((root / "nbs" / name).read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code": yield name, "".join(cell["source"]), cell.get("outputs", [])
+
+
+def exported():
+    "Notebook and code lines of each export cell that defines something."
+    for name, source, _ in cells():
+        body = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        if re.search(r"^#\|\s*export", source, re.M) and re.search(r"^(async )?(def|class) ", source, re.M): yield name, body
+
+
+def trees():
+    for module in modules():
+        yield module, ast.parse((root / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+
+
+def test_an_export_cell_is_small():
+    sizes = [(len(body), name) for name, body in exported()]
+    assert statistics.median(n for n, _ in sizes) <= 12
+    assert not [(n, name) for n, name in sizes if n > 40]
+
+
+def test_few_lines_are_long():
+    lines = [line for _, body in exported() for line in body]
+    assert sum(len(line) > 120 for line in lines) / len(lines) <= .015
+
+
+def test_no_module_is_long():
+    sizes = {m: len((root / (m.replace(".", "/") + ".py")).read_text().splitlines()) for m in modules()}
+    assert not {m: n for m, n in sizes.items() if n > 250}
+
+
+def test_no_function_has_many_parameters():
+    many = [(module, node.name) for module, tree in trees() for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) > 12]
+    assert not many
+
+
+places = {}
+for path in sorted((root / "nbs").rglob("*.ipynb")):
+    found = re.search(r"#\|\s*default_exp (\S+)", path.read_text(encoding="utf-8"))
+    if found: places["binvision." + re.match(r"[\w.]+", found[1])[0]] = path.relative_to(root / "nbs").as_posix()
+
+
+def test_imports_go_one_way():
+    "A room imports rooms of earlier wings and earlier rooms of its own wing; only the demo imports synthetic bins."
+    wrong = []
+    for module, tree in trees():
+        package = module.split(".")[:-1]
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom): continue
+            base = package[:len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            names = [source] if source in places else [f"{source}.{a.name}" for a in node.names if f"{source}.{a.name}" in places]
+            for name in names:
+                lazy = module.startswith("binvision.cli") or module == "binvision.learner"
+                if not lazy and name != module and places[name] >= places[module]: wrong.append((module, name))
+                if name.startswith("binvision.synthetic") and not module.startswith(("binvision.synthetic", "binvision.cli")): wrong.append((module, name))
+    assert not wrong
+
+
+def test_private_names_stay_in_their_room():
+    crossing = [(module, alias.name) for module, tree in trees() for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.level for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"]
+    assert not crossing
+
+
+def test_public_names_are_shown_in_a_visible_cell():
+    hidden = re.compile(r"^#\|\s*(hide|export|default_exp)", re.M)
+    visible = "\n".join(source for _, source, _ in cells() if not hidden.search(source))
+    visible += "\n".join(p.read_text() for p in (root / "nbs/tutorials").glob("*.ipynb"))
+    public = {node.name for _, tree in trees() for node in tree.body
+              if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name[0] != "_"
+              and not any("patch" in ast.unparse(d) for d in node.decorator_list)}  # a patched method belongs to its class
+    missing = sorted(name for name in public if not re.search(rf"\b{name}\b", visible))
+    assert not missing, f"{len(missing)} of {len(public)}: {missing}"
+
+
+def test_imports_stand_in_cells_of_their_own():
+    "The documentation build runs the import statements of a cell that has any."
+    mixed = []
+    for name, source, _ in cells():
+        code = "\n".join("" if line.startswith(("%", "!")) else line for line in source.splitlines())
+        body = ast.parse(code).body
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in body}
+        if len(kinds) > 1 and "nbdev_export()" not in source: mixed.append((name, source[:60]))
+    assert not mixed
+
+
+def test_figures_have_alternative_text():
+    bare = [(name, source[:60]) for name, source, outputs in cells() if "fig-alt" not in source
+            and not re.search(r"^#\|\s*hide", source, re.M)
+            and any({"image/png", "image/jpeg"} & set(o.get("data", {})) and "text/html" not in o.get("data", {}) for o in outputs)]
+    assert not bare
+
+
+def test_notebooks_are_small_and_load_nothing():
+    sizes = {p: p.stat().st_size for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    assert not {p.name: n for p, n in sizes.items() if n > 300_000} and sum(sizes.values()) < 3_000_000
+    widgets = [p.name for p in sizes if "ipywidgets" in p.read_text() or "application/vnd.jupyter.widget" in p.read_text()]
+    assert not widgets
+
+
+def test_links_between_pages_lead_somewhere():
+    dead = []
+    pages = [p for p in (root / "nbs").rglob("*") if p.suffix in (".ipynb", ".qmd") and ".ipynb_checkpoints" not in p.parts]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        if page.suffix == ".ipynb":
+            text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+        for link in re.findall(r"\]\(<?([^)\s>#]+)", text):
+            if not re.match(r"[a-z]+:", link) and not (page.parent / link).exists(): dead.append((page.name, link))
+    assert not dead

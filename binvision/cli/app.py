@@ -59,7 +59,7 @@ def fail(
     typer.echo(message, err=True)
     raise typer.Exit(status)
 
-# %% ../../nbs/13_cli/00_app.ipynb #5a9b7558
+# %% ../../nbs/13_cli/00_app.ipynb #1b7ba261
 def guarded(
     function, # a command
 ): # the same, with errors as messages
@@ -77,7 +77,7 @@ def guarded(
             fail(f"binvision: {e}", 2)
     return run
 
-# %% ../../nbs/13_cli/00_app.ipynb #e05a9909
+# %% ../../nbs/13_cli/00_app.ipynb #b8296235
 def name_failures(
     rows, # pairs of a name and a reason
     status:int=1, # exit status if there are any

@@ -71,7 +71,7 @@ class Kind:
     none:bool=False # the word none stands for None or, where a bool is allowed, for False
     option:Any=None # a typer.Option or typer.Argument that the annotation brings along
 
-# %% ../../nbs/13_cli/01_options.ipynb #0653a6d5
+# %% ../../nbs/13_cli/01_options.ipynb #626009e4
 def _members(annotation):
     "The types that a union allows, without None."
     if get_origin(annotation) not in (Union, UnionType): return [annotation]
@@ -87,7 +87,7 @@ def _bounds(kind, metadata):
             kind.low = low if low is not None else kind.low
             kind.high = high if high is not None else kind.high
 
-# %% ../../nbs/13_cli/01_options.ipynb #f1acfb5e
+# %% ../../nbs/13_cli/01_options.ipynb #0ee2bbc0
 def kind_of(
     annotation, # of a parameter
 )->Kind:
@@ -107,7 +107,7 @@ def kind_of(
     elif first is not Any: kind.type = first
     return kind
 
-# %% ../../nbs/13_cli/01_options.ipynb #d7e8f24b
+# %% ../../nbs/13_cli/01_options.ipynb #c6793598
 def _how(kind, shown):
     "The keyword arguments of typer.Option that follow from a kind."
     how = {} if shown is None else {"show_default": shown}
@@ -120,7 +120,7 @@ def _declaration(kind, name, default):
     "The spelling of an option, where it is not that of the parameter."
     return [f"--{name.strip('_').replace('_', '-')}"] if kind.type is bool and default is False else []
 
-# %% ../../nbs/13_cli/01_options.ipynb #a19d2dde
+# %% ../../nbs/13_cli/01_options.ipynb #139784d3
 def option_of(
     name:str, # of the parameter
     annotation, # of the parameter
@@ -139,7 +139,7 @@ def option_of(
     wanted = kind.type if required or default is not None else kind.type | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[wanted, info], default=default)
 
-# %% ../../nbs/13_cli/01_options.ipynb #1d213d5f
+# %% ../../nbs/13_cli/01_options.ipynb #4db38342
 def value_of(
     name:str, # of the parameter
     annotation, # of the parameter
@@ -151,7 +151,7 @@ def value_of(
     if kind.none and value == "none": return False if bool in _members(annotation) else None
     return value
 
-# %% ../../nbs/13_cli/01_options.ipynb #915bea76
+# %% ../../nbs/13_cli/01_options.ipynb #3d2c92db
 def _field_parameters(fields):
     "Name → annotation, default and comment of fields of a pydantic model; None leaves a field to the model."
     for name, field in fields.items():
@@ -188,7 +188,7 @@ def command(
     app.command(name=run.__name__)(guarded(run))
     return function
 
-# %% ../../nbs/13_cli/01_options.ipynb #d38fa1b6
+# %% ../../nbs/13_cli/01_options.ipynb #6bd7cb79
 def _row(parameter):
     "A row of the reference: how to write an option, its default, and its help."
     if parameter.param_type_name == "option": written = f"`{', '.join((*parameter.opts, *parameter.secondary_opts))}`"

@@ -110,7 +110,7 @@ def to_rgb(
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #8e750f6b
+# %% ../../nbs/00_ground/03_pictures.ipynb #2227c6b4
 def load_image(
     source, # a path, a file's bytes, a PIL image, or an array (height × width × 3 or height × width, uint8)
 )->Image.Image: # 8-bit RGB, upright
@@ -119,7 +119,7 @@ def load_image(
         image.load()
         return to_rgb(ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image)
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #42976274
+# %% ../../nbs/00_ground/03_pictures.ipynb #cb7c1074
 def fit_image(
     image:Image.Image, # RGB, any size
     size:int=224, # side of the square, pixels
@@ -131,7 +131,7 @@ def fit_image(
     if resize == "squash": return image.resize((size, size), Image.Resampling.BICUBIC)
     raise ModelError(f"resize method {resize!r}: not known", "use 'squash' or 'pad'")
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #3ccc92d8
+# %% ../../nbs/00_ground/03_pictures.ipynb #b90643d6
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) # mean and standard deviation of RGB in 0…1
 
 
@@ -147,7 +147,7 @@ def preprocess(
         out[channel] -= np.float32(mean / std)
     return out
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #9d5e9e0e
+# %% ../../nbs/00_ground/03_pictures.ipynb #c73d8464
 def thumbnail(
     source, # anything that `load_image` takes
     side:int=110, # pixels of the longer side, at most
@@ -160,7 +160,7 @@ def thumbnail(
     image.save(buffer, "JPEG", quality=70)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #338e19a6
+# %% ../../nbs/00_ground/03_pictures.ipynb #d803a36d
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} # file name endings that count as pictures
 
 

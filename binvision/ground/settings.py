@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .core import UsageError
 
-# %% ../../nbs/00_ground/04_settings.ipynb #8343e811
+# %% ../../nbs/00_ground/04_settings.ipynb #76175a86
 @lru_cache
 def _adapter(cls): return TypeAdapter(cls)
 
@@ -42,7 +42,7 @@ def checked(
     try: return _adapter(cls).validate_python(dict(given))
     except ValidationError as e: raise _complaint(cls, e, where) from None
 
-# %% ../../nbs/00_ground/04_settings.ipynb #c7972890
+# %% ../../nbs/00_ground/04_settings.ipynb #6e81b445
 def takes(
     cls:type, # a dataclass of settings
 ): # a decorator for functions with **kwargs
