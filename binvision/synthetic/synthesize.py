@@ -23,9 +23,9 @@ from ..ground.core import UsageError, atomic_write
 from ..ground.machine import cores
 from .bins import plan_bins, synthetic_bin
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #2ed72994
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #d1500354
 def _write_bins(out, seed, plans, max_side):
-    "Draw bins and write two files for each, unless both are there; how many bins that were."
+    "Draw bins and write two files for each, unless both exist; return the number of plans."
     for plan in plans:
         files = out/"bin-images"/f"{plan.id}.jpg", out/"metadata"/f"{plan.id}.json"
         if all(path.exists() for path in files): continue
