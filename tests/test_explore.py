@@ -22,7 +22,8 @@ def text_of(page):
 
 def put(folder, *ids):
     folder.mkdir(parents=True, exist_ok=True)
-    for i, id in enumerate(ids): Image.effect_mandelbrot((120, 90), (-2, -1.2 + i / 9, 1, 1.2), 60).save(folder / f"{id}.jpg")
+    for i, id in enumerate(ids):
+        Image.effect_mandelbrot((120, 90), (-2, -1.2 + i / 9, 1, 1.2), 60).save(folder / f"{id}.jpg")
 
 
 def test_a_whole_data_set(data, tmp_path):
@@ -43,7 +44,8 @@ def few(tmp_path):
 
 def test_the_catalogue_may_be_given(few, tmp_path):
     tables = catalogue(few, out=tmp_path / "catalogue")
-    pages = [explore(few, tmp_path / name, catalogue=given) for name, given in (("a", tables), ("b", tmp_path / "catalogue"))]
+    given = {"a": tables, "b": tmp_path / "catalogue"}
+    pages = [explore(few, tmp_path / name, catalogue=cat) for name, cat in given.items()]
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
@@ -52,20 +54,20 @@ def test_images_that_were_not_opened(few, tmp_path):
     assert "No two images are nearly the same." in html
 
 
-def test_class_folders_alone(tmp_path):
+def test_only_class_folders(tmp_path):
     for count in "12": put(tmp_path / "data" / count, f"a{count}", f"b{count}")
     html = text_of(explore(tmp_path / "data", tmp_path / "page"))
     assert "No documents: what the bins hold is unknown." in html and "No neighbouring ids share a product." in html
 
 
-def test_labels_alone(tmp_path):
+def test_only_labels(tmp_path):
     put(tmp_path / "data" / "bin-images", "1", "2", "x")
     (tmp_path / "data" / "labels.csv").write_text("id,count\n1,2\n2,3\n")
     html = text_of(explore(tmp_path / "data", tmp_path / "page"))
     assert "the image has no document and no label" in html and "No documents" in html
 
 
-def test_images_alone(tmp_path):
+def test_only_images(tmp_path):
     put(tmp_path / "data" / "bin-images", "1")
     assert "No bin has a count." in text_of(explore(tmp_path / "data", tmp_path / "page"))
 
@@ -97,7 +99,8 @@ def test_markup_in_names_stays_text(tmp_path):
         put(tmp_path / "data" / "bin-images", id)
         (tmp_path / "data" / "metadata").mkdir(exist_ok=True)
         (tmp_path / "data" / "metadata" / f"{id}.json").write_text(
-            f'{{"EXPECTED_QUANTITY": {id}, "BIN_FCSKU_DATA": {{"B1": {{"quantity": 1, "name": "$a_{{ and $5 off"}}{extra}}}}}')
+            f'{{"EXPECTED_QUANTITY": {id}, '
+            f'"BIN_FCSKU_DATA": {{"B1": {{"quantity": 1, "name": "$a_{{ and $5 off"}}{extra}}}}}')
     (tmp_path / "data" / "metadata" / "3.json").write_text('{"EXPECTED_QUANTITY": "<script>"}')
     html = text_of(explore(tmp_path / "data", tmp_path / "page"))
     assert "&lt;script&gt;" in html
@@ -111,9 +114,10 @@ def test_near_duplicates_are_those_of_a_full_comparison(distance):
     hashes = np.r_[hashes, hashes[:200] ^ np.array([sum(1 << int(b) for b in random.choice(64, k, replace=False))
                                                   for k in random.integers(0, 9, 200)], dtype=np.uint64)]
     bins = pd.DataFrame({"id": [f"{i:03d}" for i in range(500)], "phash": [f"{h:016x}" for h in hashes]})
-    full = {(f"{i:03d}", f"{j:03d}") for i in range(500) for j in range(i) if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= distance}
-    found = near_duplicates(bins, distance)
-    assert {tuple(sorted(pair, reverse=True)) for pair in found[["id", "other"]].values.tolist()} == full and len(full) > 10
+    full = {(f"{i:03d}", f"{j:03d}") for i in range(500) for j in range(i)
+            if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= distance}
+    found = near_duplicates(bins, distance)[["id", "other"]].values.tolist()
+    assert {tuple(sorted(pair, reverse=True)) for pair in found} == full and len(found) == len(full) > 10
 
 
 def test_each_pair_of_pictures_is_found_once():
@@ -121,13 +125,15 @@ def test_each_pair_of_pictures_is_found_once():
     hashes = np.unique(random.integers(0, 2**12, 400, dtype=np.uint64) * np.uint64(2**40 + 1))
     rows = random.permutation(len(hashes))[:300]
     found = [tuple(sorted(pair)) for a, b in picture_pairs(hashes, rows, 5) for pair in zip(a.tolist(), b.tolist())]
-    full = {(i, j) for j in rows.tolist() for i in rows.tolist() if i < j and (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 5}
+    full = {(i, j) for j in rows.tolist() for i in rows.tolist()
+            if i < j and (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 5}
     assert len(found) == len(set(found)) and set(found) == full and len(full) > 300
 
 
 @pytest.mark.parametrize("most", [1, 3, 50])
 def test_where_many_pictures_are_the_same_each_is_listed_with_a_few(most):
-    bins = pd.DataFrame({"id": [f"{i:02d}" for i in range(30)], "phash": ["00000000000000ff"] * 20 + ["00000000000000fe"] * 10})
+    bins = pd.DataFrame({"id": [f"{i:02d}" for i in range(30)],
+                         "phash": ["00000000000000ff"] * 20 + ["00000000000000fe"] * 10})
     found = near_duplicates(bins, most=most)
     assert not found.duplicated(["id", "other"]).any() and (found["id"] < found["other"]).all()
     assert pd.concat([found["id"], found["other"]]).nunique() == 30

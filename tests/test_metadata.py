@@ -55,7 +55,7 @@ def png_that_claims(width, height):
             + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
 
 
-# ---------------------------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------------------------- documents
 USELESS = {
     "empty": (b"", "is empty"),
     "blank": (b" \n", "is empty"),
@@ -109,7 +109,7 @@ def documents(tmp_path_factory):
 
 
 @pytest.mark.parametrize("id", USELESS)
-def test_a_useless_document_is_a_problem_and_no_bin(documents, id):
+def test_a_useless_document_is_a_problem_and_not_a_bin(documents, id):
     assert USELESS[id][1] in reasons(documents[1], id)
     assert id not in set(documents[1].bins["id"]) | set(documents[1].items["id"])
 
@@ -120,7 +120,7 @@ def test_an_odd_document_is_a_problem_and_a_bin(documents, id):
     assert id in set(documents[1].bins["id"])
 
 
-def test_normal_documents_are_no_problem(documents):
+def test_normal_documents_give_no_problem(documents):
     data, tables = documents
     assert not tables.problems["id"].isin(NORMAL).any() and not tables.problems["file"].str.contains("._").any()
     assert "irectory" in reasons(tables, "folder")
@@ -131,12 +131,12 @@ def test_normal_documents_are_no_problem(documents):
     assert bins.loc["whole", "count"] == 1 and bins["image"].isna().all()
 
 
-def test_a_document_alone_raises_with_its_name_and_the_mend():
+def test_the_error_of_a_document_names_it_and_says_what_to_do():
     with pytest.raises(DataError, match=r"523\.json: .*cut short") as caught: parse_document(USELESS["cut"][0], "523")
     assert "fetch the document again" in caught.value.hint
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------------- images
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     data = tmp_path_factory.mktemp("images")
@@ -159,7 +159,7 @@ def images(tmp_path_factory):
     (data / "bin-images" / "folder.jpg").mkdir()
     (data / "bin-images" / "gone.jpg").symlink_to(data / "nowhere.jpg")
     for path in (data / "bin-images").iterdir(): put(data / "metadata" / f"{path.stem}.json", document(1))
-    put(data / "metadata" / "alone.json", document(1))
+    put(data / "metadata" / "lonely.json", document(1))
     put(data / "bin-images" / "stray.jpg", raw)
     put(data / "bin-images" / "GOOD2.JPEG", raw)
     put(data / "metadata" / "GOOD2.json", b"{")
@@ -169,7 +169,8 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("id, reason", [
     ("half", "truncated"), ("zero", "is empty"), ("text", "not an image"), ("bomb", "50,000,000 pixels"),
-    ("large", "50,000,000 pixels"), ("halfpng", "ends in the middle"), ("folder", "irectory"), ("gone", "no such file")])
+    ("large", "50,000,000 pixels"), ("halfpng", "ends in the middle"), ("folder", "irectory"),
+    ("gone", "no such file")])
 def test_an_unreadable_image_is_a_problem_and_its_bin_has_no_image(images, id, reason):
     data, tables = images
     assert reason in reasons(tables, id) and str(data) not in reasons(tables, id)
@@ -188,14 +189,15 @@ def test_every_readable_kind_of_image_looks_the_same(images, id):
 
 def test_what_does_not_belong_together_is_named(images):
     data, tables = images
-    assert "the document has no image" in reasons(tables, "alone")
+    assert "the document has no image" in reasons(tables, "lonely")
     assert "no document and no label" in reasons(tables, "stray")
     bins = tables.bins.set_index("id")
     assert bins.loc["GOOD2", "count"] == 4 and "cut short" in reasons(tables, "GOOD2")
-    assert pd.isna(bins.loc["stray", "count"]) and bins.loc["alone", "count"] == 1 and pd.isna(bins.loc["alone", "image"])
+    assert pd.isna(bins.loc["stray", "count"])
+    assert bins.loc["lonely", "count"] == 1 and pd.isna(bins.loc["lonely", "image"])
 
 
-def test_an_image_alone_raises_with_its_name(images):
+def test_the_error_of_an_image_names_it(images):
     path = images[0] / "bin-images" / "half.jpg"
     with pytest.raises(ImageError, match=r"half\.jpg: .*truncated"): image_facts(path)
 
@@ -203,19 +205,21 @@ def test_an_image_alone_raises_with_its_name(images):
 def test_a_bomb_does_not_eat_memory(tmp_path):
     put(tmp_path / "bin-images" / "bomb.png", png_that_claims(20_000, 20_000))
     put(tmp_path / "bin-images" / "bomb2.png", png_that_claims(12_000, 12_000))
-    code = ("import resource, sys; from binvision.data.catalogue import catalogue; from binvision.data.images import image_facts; import imagehash\n"
+    code = ("import resource, sys\nimport imagehash\nfrom binvision.data.catalogue import catalogue\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "print(len(catalogue(sys.argv[1]).problems), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+            "problems = len(catalogue(sys.argv[1]).problems)\n"
+            "print(problems, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     problems, megabytes = map(int, run.stdout.split())
     assert problems == 3 and megabytes < 100, run.stdout
 
 
-# ---------------------------------------------------------------------------------------------- labels and class folders
+# ---------------------------------------------------------------------------------- labels and class folders
 def test_labels_that_contradict(tmp_path):
     for id in "abcdef": put(tmp_path / "bin-images" / f"{id}.jpg", picture(40, 30))
     put(tmp_path / "metadata" / "a.json", document(2))
-    put(tmp_path / "labels.csv", "\ufeffid,count,source,width\na,3,x,9\nb,1,x,\nb,1,y,\nc,1,,\nc,2,z,\nd,two,z,\ne,-1,z,\nzz,1,z,\n".encode())
+    lines = ["a,3,x,9", "b,1,x,", "b,1,y,", "c,1,,", "c,2,z,", "d,two,z,", "e,-1,z,", "zz,1,z,"]
+    put(tmp_path / "labels.csv", "\n".join(["\ufeffid,count,source,width", *lines, ""]).encode())
     tables = catalogue(tmp_path)
     bins = tables.bins.set_index("id")
     assert "count 3 disagrees with the document, which says 2" in reasons(tables, "a") and bins.loc["a", "count"] == 2
@@ -226,15 +230,18 @@ def test_labels_that_contradict(tmp_path):
     assert bins.loc["a", "labels_width"] == "9" and bins.loc["a", "width"] == 40 and pd.isna(bins.loc["c", "source"])
 
 
-@pytest.mark.parametrize("content, message", [("name,count\na,1\n", "no column id"), ("", "cannot be read"), ("id,count\na,1,2,3\nb,1,1,1,1,1\n", "cannot be read")])
-def test_labels_that_cannot_be_used_are_an_error_with_a_mend(tmp_path, content, message):
+@pytest.mark.parametrize("content, message", [
+    ("name,count\na,1\n", "no column id"), ("", "cannot be read"),
+    ("id,count\na,1,2,3\nb,1,1,1,1,1\n", "cannot be read")])
+def test_labels_that_cannot_be_used_raise_an_error(tmp_path, content, message):
     put(tmp_path / "bin-images" / "a.jpg", picture(40, 30))
     put(tmp_path / "labels.csv", content.encode())
     with pytest.raises(DataError, match=message): catalogue(tmp_path)
 
 
 def test_one_id_in_two_class_folders(tmp_path):
-    for path in ("1/a.jpg", "2/a.jpg", "2/b.jpg", "2/b.png", "3/523.jpg", "3/00523.jpg", "notes/x.jpg"): put(tmp_path / path, picture(40, 30))
+    for path in ("1/a.jpg", "2/a.jpg", "2/b.jpg", "2/b.png", "3/523.jpg", "3/00523.jpg", "notes/x.jpg"):
+        put(tmp_path / path, picture(40, 30))
     tables = catalogue(tmp_path)
     assert "the id is taken by 1/a.jpg" in reasons(tables, "a") and "2/b.jpg" in reasons(tables, "b")
     counts = dict(zip(tables.bins["id"], tables.bins["count"].astype(object)))
@@ -245,13 +252,15 @@ def test_one_id_in_two_class_folders(tmp_path):
 def test_class_folders_in_parts(tmp_path):
     for path in ("train/1/a.jpg", "valid/2/b.png", "test/5/c.JPEG"): put(tmp_path / path, picture(40, 30))
     tables = catalogue(tmp_path)
-    assert tables.bins[["count", "image"]].values.tolist() == [[1, "train/1/a.jpg"], [2, "valid/2/b.png"], [5, "test/5/c.JPEG"]]
+    found = tables.bins[["count", "image"]].values.tolist()
+    assert found == [[1, "train/1/a.jpg"], [2, "valid/2/b.png"], [5, "test/5/c.JPEG"]]
     assert tables.problems.empty and tables.items.empty
 
 
 def test_folders_that_hold_nothing_useful(tmp_path):
     put(tmp_path / "a.txt", b"")
-    for path, message in ((tmp_path, "no images"), (tmp_path / "nowhere", "no such folder"), (tmp_path / "a.txt", "a file, not a folder")):
+    for path, message in ((tmp_path, "no images"), (tmp_path / "nowhere", "no such folder"),
+                          (tmp_path / "a.txt", "a file, not a folder")):
         for function in (catalogue, find_images):
             with pytest.raises(DataError, match=message): function(path)
 
@@ -271,19 +280,23 @@ def test_a_name_that_is_not_utf8(tmp_path):
     assert tables.bins["id"].tolist() == ["a"] and "not UTF-8" in reasons(tables, "")
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------- files
 def test_the_files_are_what_was_returned(images, tmp_path):
     data, tables = images
     written = catalogue(data, out=tmp_path / "new" / "catalogue")
-    assert sorted(p.name for p in (tmp_path / "new" / "catalogue").iterdir()) == ["bins.parquet", "items.parquet", "problems.csv"]
+    names = sorted(p.name for p in (tmp_path / "new" / "catalogue").iterdir())
+    assert names == ["bins.parquet", "items.parquet", "problems.csv"]
     tables.save(tmp_path / "saved")
     for again in (written, read_catalogue(tmp_path / "new" / "catalogue"), read_catalogue(tmp_path / "saved")):
-        for name in ("bins", "items", "problems"): pd.testing.assert_frame_equal(getattr(again, name), getattr(tables, name))
-    with open(tmp_path / "saved" / "problems.csv", newline="") as file: assert len(list(csv.reader(file))) == len(tables.problems) + 1
+        for name in ("bins", "items", "problems"):
+            pd.testing.assert_frame_equal(getattr(again, name), getattr(tables, name))
+    with open(tmp_path / "saved" / "problems.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == len(tables.problems) + 1
 
 
 def test_a_folder_that_cannot_be_written_to(images):
-    with pytest.raises(DataError, match="cannot be written"): catalogue(images[0], out="/proc/nowhere/catalogue", images=False)
+    with pytest.raises(DataError, match="cannot be written"):
+        catalogue(images[0], out="/proc/nowhere/catalogue", images=False)
 
 
 def test_an_incomplete_catalogue(images, tmp_path):
@@ -297,10 +310,11 @@ def test_chunks_make_no_difference(documents, images, monkeypatch):
         monkeypatch.setattr("binvision.data.catalogue._write.__defaults__", (3,))
         again = catalogue(data)
         for name in ("bins", "items"): pd.testing.assert_frame_equal(getattr(again, name), getattr(tables, name))
-        pd.testing.assert_frame_equal(*(t.problems.sort_values(["id", "file", "reason"], ignore_index=True) for t in (again, tables)))
+        problems = [t.problems.sort_values(["id", "file", "reason"], ignore_index=True) for t in (again, tables)]
+        pd.testing.assert_frame_equal(*problems)
 
 
-# ---------------------------------------------------------------------------------------------- real bins
+# ---------------------------------------------------------------------------------- real bins
 @pytest.mark.skipif(not (ABID / "metadata").is_dir(), reason="the real data set is not here (set BINVISION_ABID)")
 def test_the_real_data_set_agrees_with_its_labels():
     tables = catalogue(ABID, images=False)

@@ -35,9 +35,11 @@ def made_up(n, seed):
         if size is not pd.NA: items += [(id, f"B{a}") for a in sorted(set((rng.zipf(1.3, size) % n).tolist()))]
         value = int(pictures[rng.integers(20)])
         for bit in rng.integers(0, 64, rng.integers(0, 14)): value ^= 1 << int(bit)
-        bins.append((id, rng.integers(1, 6), size, f"bin-images/{id}.jpg", None if rng.random() < .1 else f"{value:016x}"))
+        count, phash = rng.integers(1, 6), None if rng.random() < .1 else f"{value:016x}"
+        bins.append((id, count, size, f"bin-images/{id}.jpg", phash))
     bins = pd.DataFrame(bins, columns=["id", "count", "n_items", "image", "phash"])
-    return SimpleNamespace(bins=bins.astype({"count": "Int64", "n_items": "Int64"}), items=pd.DataFrame(items, columns=["id", "asin"]))
+    bins = bins.astype({"count": "Int64", "n_items": "Int64"})
+    return SimpleNamespace(bins=bins, items=pd.DataFrame(items, columns=["id", "asin"]))
 
 
 def relatives(cat):
@@ -75,7 +77,8 @@ def test_groups_and_leaks_agree_with_brute_force(seed):
     manifest = random_split(cat, seed=seed)
     part, leaks = manifest.set_index("id")["part"], leak_report(manifest, cat).loc[("this", "all")]
     for kind, column in COLUMNS.items():
-        assert leaks[column] == len({id for pair in related[kind] if part[pair[0]] != part[pair[1]] for id in pair}), column
+        torn = [(a, b) for a, b in related[kind] if part[a] != part[b]]
+        assert leaks[column] == len({id for pair in torn for id in pair}), column
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -88,7 +91,8 @@ def test_a_split_keeps_groups_fractions_and_order(seed):
     shares = pd.crosstab(manifest["count"], manifest["part"], normalize="index")
     assert (shares - pd.Series({"train": .7, "valid": .2, "test": .1})).abs().max().max() < .03
     assert not leak_report(manifest, cat).loc["this", PROMISED].to_numpy().any()
-    shuffled = SimpleNamespace(bins=cat.bins.sample(frac=1, random_state=seed), items=cat.items.sample(frac=1, random_state=seed))
+    shuffled = SimpleNamespace(bins=cat.bins.sample(frac=1, random_state=seed),
+                               items=cat.items.sample(frac=1, random_state=seed))
     pd.testing.assert_frame_equal(manifest, split(shuffled, seed=seed, valid=.2, test=.1))
 
 
@@ -98,7 +102,8 @@ def sparse(n, seed):
     run = np.cumsum(rng.random(n) < .6)
     ids = [f"{i:05d}" for i in range(n)]
     items = [(id, f"B{r * 5 + k}") for id, r in zip(ids, run) for k in rng.choice(5, rng.integers(1, 5), replace=False)]
-    bins = pd.DataFrame({"id": ids, "count": pd.array(rng.integers(1, 6, n), dtype="Int64"), "n_items": pd.array([1] * n, dtype="Int64"),
+    bins = pd.DataFrame({"id": ids, "count": pd.array(rng.integers(1, 6, n), dtype="Int64"),
+                         "n_items": pd.array([1] * n, dtype="Int64"),
                          "image": "x.jpg", "phash": [f"{v:016x}" for v in rng.integers(0, 2**63, n)],
                          "source": rng.choice(["a", "b", "c"], n, p=[.6, .3, .1])})
     return SimpleNamespace(bins=bins, items=pd.DataFrame(items, columns=["id", "asin"]))
@@ -128,7 +133,8 @@ def test_sources_are_shared_out_evenly():
 def test_a_common_asin_and_dense_ids_without_metadata_stay_quick():
     n, rng = 60_000, np.random.default_rng(0)
     ids = np.array([f"{5 * i:06d}" for i in range(n)], dtype=object)  # no neighbours
-    bins = pd.DataFrame({"id": ids, "count": pd.array(rng.integers(1, 6, n), dtype="Int64"), "n_items": pd.array([4] * n, dtype="Int64"),
+    bins = pd.DataFrame({"id": ids, "count": pd.array(rng.integers(1, 6, n), dtype="Int64"),
+                         "n_items": pd.array([4] * n, dtype="Int64"),
                          "image": "x.jpg", "phash": [f"{v:016x}" for v in rng.integers(0, 2**63, n)]})
     everywhere = pd.DataFrame({"id": ids, "asin": "B0"})
     rare = pd.DataFrame({"id": np.repeat(ids, 3), "asin": [f"B{i}" for i in range(1, 3 * n + 1)]})
@@ -141,8 +147,9 @@ def test_a_common_asin_and_dense_ids_without_metadata_stay_quick():
 
 
 @pytest.mark.parametrize("wish, words", [
-    (dict(valid=-.1), "valid=-0.1"), (dict(valid=.5, test=.5), "nothing to train on"), (dict(valid=float("nan")), "valid=nan"),
-    (dict(counts=[1, 9]), "count 9"), (dict(eval_where="source"), "no column and value"), (dict(eval_where="shop=1"), "'shop'"),
+    (dict(valid=-.1), "valid=-0.1"), (dict(valid=.5, test=.5), "nothing to train on"),
+    (dict(valid=float("nan")), "valid=nan"), (dict(counts=[1, 9]), "count 9"),
+    (dict(eval_where="source"), "no column and value"), (dict(eval_where="shop=1"), "'shop'"),
     (dict(eval_where="source=z"), "no bin of these counts"), (dict(by="shop"), "'shop'"), (dict(ids=["523"]), "ids"),
     (dict(groups=pd.Series("one", [f"{i:05d}" for i in range(300)])), "too few"),
     (dict(groups=pd.Series({"00000": "one"})), "has none")])
@@ -157,7 +164,8 @@ def test_a_catalogue_with_an_id_twice():
 
 
 def test_a_manifest_keeps_ids_as_they_are(tmp_path):
-    manifest = pd.DataFrame({"id": ["523", "00523", "1e5", "NA"], "count": [1, 2, 3, 4], "group": ["523", "00523", "1e5", "NA"],
+    ids = ["523", "00523", "1e5", "NA"]
+    manifest = pd.DataFrame({"id": ids, "count": [1, 2, 3, 4], "group": ids,
                              "part": ["train", "test", "valid", "train"]})
     name = write_manifest(manifest, tmp_path/"new"/"manifest.csv")
     again = read_manifest(tmp_path/"new"/"manifest.csv")
@@ -169,8 +177,9 @@ def test_a_manifest_keeps_ids_as_they_are(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("id,count,part\n1,2,test\n", "no column group"), ("id,count,group,part\n1,2,1,train\n1,3,1,train\n", "twice"),
     ("id,count,group,part\n1,2,1,exam\n", "'exam'"), ("id,count,group,part\n1,2.5,1,test\n", "'2.5'"),
-    ("id,count,group,part\n,2,1,test\n", "id ''"), ("id,count,group,part\n1,2\n", "bin '1'"), ("id,count,group,part\n", "no bins"),
-    ("id,count,group,part\n1,2,1,test\n2,1,1,train\n", "two parts"), ("", "not a CSV"), ("\x89PNG\r\n\x1a\n\x00\"", "no column|not a CSV")])
+    ("id,count,group,part\n,2,1,test\n", "id ''"), ("id,count,group,part\n1,2\n", "bin '1'"),
+    ("id,count,group,part\n", "no bins"), ("id,count,group,part\n1,2,1,test\n2,1,1,train\n", "two parts"),
+    ("", "not a CSV"), ("\x89PNG\r\n\x1a\n\x00\"", "no column|not a CSV")])
 def test_a_damaged_manifest_is_named(tmp_path, text, words):
     path = tmp_path/"manifest.csv"
     path.write_bytes(text.encode("latin-1"))
@@ -187,7 +196,8 @@ def test_a_manifest_that_is_not_there(tmp_path):
 def test_extending_moves_nothing_and_adds_no_relative_of_an_evaluation_bin(tmp_path, seed):
     more = sparse(600, seed)
     ids = np.random.default_rng(seed).permutation(more.bins["id"])
-    few = SimpleNamespace(bins=more.bins[more.bins["id"].isin(ids[:300])], items=more.items[more.items["id"].isin(ids[:300])])
+    few = SimpleNamespace(bins=more.bins[more.bins["id"].isin(ids[:300])],
+                          items=more.items[more.items["id"].isin(ids[:300])])
     before = split(few, counts=[1, 2, 3], valid=.2, test=.2)
     write_manifest(before, tmp_path/"m.csv")
     after = extend(tmp_path/"m.csv", more)
@@ -197,7 +207,8 @@ def test_extending_moves_nothing_and_adds_no_relative_of_an_evaluation_bin(tmp_p
     pairs = [pair for kind, found in relatives(more).items() if kind != "a" for pair in found]
     assert not [p for p in pairs for a, b in (p, p[::-1]) if a in added and part.get(b, "train") != "train"]
     assert not leak_report(after, more).loc["this", PROMISED].to_numpy().any()
-    with pytest.raises(UsageError, match=f"{len(before)} of the manifest's {len(before)}"): extend(before.assign(id="x" + before["id"]), more)
+    with pytest.raises(UsageError, match=f"{len(before)} of the manifest's {len(before)}"):
+        extend(before.assign(id="x" + before["id"]), more)
     with pytest.raises(DataError, match="none.csv"): extend(tmp_path/"none.csv", more)
 
 
@@ -209,7 +220,8 @@ def test_given_splits(tmp_path):
     assert table.to_dict("list") == {"id": ["00523", "523", "7"], "count": [2, 1, 5], "group": ["00523", "523", "7"],
                                      "part": ["valid", "train", "test"]}
     (tmp_path/"challenge.json").write_text("[[0, 3], [522, 5]]")
-    assert given_split({"test": tmp_path/"challenge.json"}).to_numpy().tolist() == [["00001", 3, "00001", "test"], ["00523", 5, "00523", "test"]]
+    listed = given_split({"test": tmp_path/"challenge.json"}).to_numpy().tolist()
+    assert listed == [["00001", 3, "00001", "test"], ["00523", 5, "00523", "test"]]
     (tmp_path/"torn.csv").write_text("id,count,group,part\n1,2,1,test\n2,1,1,train\n")
     assert given_split(tmp_path/"torn.csv")["part"].tolist() == ["test", "train"]
     (tmp_path/"data"/"test"/"5"/"523.jpg").write_bytes(b"")
@@ -222,7 +234,7 @@ def test_given_splits(tmp_path):
 ABID = Path(os.environ.get("BINVISION_ABID") or Path(__file__).parents[2]/"shared"/"abid")
 
 
-needs_real_bins = pytest.mark.skipif(not ABID.is_dir(), reason="needs real bins: set BINVISION_ABID to a part of the Amazon Bin Image Dataset")
+needs_real_bins = pytest.mark.skipif(not ABID.is_dir(), reason="real bins are not here: set BINVISION_ABID")
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +264,8 @@ def test_real_bins(real):
     manifest = split(cat, eval_where="in_udacity_file_list=1")
     evaluated = manifest[manifest["part"] != "train"]
     assert set(cat.bins.set_index("id").loc[evaluated["id"], "in_udacity_file_list"]) == {"1"}
-    eligible = cat.bins[(cat.bins["in_udacity_file_list"] == "1") & cat.bins["count"].isin(range(1, 6))]["count"].value_counts()
+    listed = (cat.bins["in_udacity_file_list"] == "1") & cat.bins["count"].isin(range(1, 6))
+    eligible = cat.bins["count"][listed].value_counts()
     sizes = pd.crosstab(manifest["count"], manifest["part"])
     assert set(sizes) == set(PARTS)
     assert (sizes[["valid", "test"]].div(eligible, axis=0) - .15).abs().max().max() < .005
