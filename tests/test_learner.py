@@ -1,4 +1,4 @@
-"""What 08_learner cannot show in seconds: the main job on real bins, and that a run can be repeated."""
+"""What the notebooks of training cannot show in seconds: the main job on real bins, and that a run can be repeated."""
 import json
 import os
 from pathlib import Path
@@ -46,9 +46,9 @@ def test_pretrained_weights_fit_and_agree_with_torch(tmp_path, folder):
 
     from binvision.train.loaders import bin_dataloaders
     from binvision.ground.pictures import preprocess
-    from binvision.model.predict import softmax
+    from binvision.model.scores import softmax
     from binvision.train.learner import bin_learner
-    from binvision.train.networks import read_weights
+    from binvision.train.weights import read_weights
     from binvision.train.publish import write_model
     from binvision.data.catalogue import catalogue
     from binvision.split.split import split

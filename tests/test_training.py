@@ -68,10 +68,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, data, manifest, weig
     until_killed(broken, "phase=frozen epoch=1 ", .15)
     with pytest.raises(UsageError, match="(?s)an unfinished run.*--resume"): train(data, manifest, tmp_path / "broken", **options)
     said = until_killed([*broken, "--resume"], "phase=all_layers epoch=4 ", .15)
-    assert re.search("going on after epoch [12]\n", said), said
+    assert re.search("resuming after epoch [12]\n", said), said
     capfd.readouterr()
     again = train(data, manifest, tmp_path / "broken", **options, resume=True)
-    assert re.search("going on after epoch [345]\n", capfd.readouterr().out)
+    assert re.search("resuming after epoch [345]\n", capfd.readouterr().out)
     for file in ("model/model.safetensors", "checkpoints/last.safetensors"):
         one, two = load_file(whole / file), load_file(again / file)
         assert one.keys() == two.keys()
