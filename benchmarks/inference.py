@@ -1,14 +1,14 @@
-"""From JPEG files to counts: ours with 8 bits and with 32, fastai's two ways, and bare ONNX Runtime on ready arrays; then cold starts.
+"""From JPEG files to counts: ours in 8 and in 32 bits, fastai's two ways, ONNX Runtime on ready arrays; then cold starts.
 
-fastai's ways are timed with the learner that people write, `vision_learner`, and `get_preds` also with ours, which keeps the
-network in the faster channels_last memory format.
+fastai's ways are timed with the learner that people usually write, `vision_learner`, and `get_preds` also with ours, which
+keeps the network in the faster channels_last memory format.
 
     python benchmarks/inference.py [--images FOLDER] [--arch resnet50] [--size 224] [--threads 2]
 
-All run the same architecture (random weights: speed does not depend on them) in the same process, in turn, several
-rounds; each ratio is the median over the rounds, of rates in the same round. Without --images full-size synthetic bins are
-drawn first. A cold start is a whole process, from its start to its end, for one picture. Run it on an idle machine: the load
-average at the start and at the end is printed.
+All run the same architecture in the same process, in turn, for several rounds. The weights are random, because speed does
+not depend on them. Each ratio is the median over the rounds, of rates in the same round. Without --images, full-size
+synthetic bins are drawn first. A cold start is a complete process that predicts one picture. Run this on an idle machine:
+the load average at the start and at the end is printed.
 """
 import argparse
 import os
@@ -32,7 +32,8 @@ REBUILT = """
 import sys, torchvision
 from fastai.vision.all import *
 files = [Path(sys.argv[2])] * 100
-dls = ImageDataLoaders.from_lists(".", files, list("12345" * 20), seed=0, item_tfms=Resize(int(sys.argv[4]), method="squish"), num_workers=0)
+squish = Resize(int(sys.argv[4]), method="squish")
+dls = ImageDataLoaders.from_lists(".", files, list("12345" * 20), seed=0, item_tfms=squish, num_workers=0)
 learn = vision_learner(dls, getattr(torchvision.models, sys.argv[3]), pretrained=False, path=sys.argv[1])
 learn.model.load_state_dict(torch.load(sys.argv[1] + "/weights.pth"))
 with learn.no_bar(): print(learn.predict(sys.argv[2])[0])
@@ -46,7 +47,8 @@ def arguments():
     parser.add_argument("--size", type=int, default=224, help="side of the square input, pixels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n", type=int, default=256, help="pictures a round for the fast ways")
-    parser.add_argument("--slow", type=int, default=12, help="pictures a round for learn.predict; 4 times as many for get_preds")
+    parser.add_argument("--slow", type=int, default=12,
+                        help="pictures a round for learn.predict; four times as many for get_preds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--starts", type=int, default=3, help="cold starts of each")
     return parser.parse_args()
@@ -114,7 +116,8 @@ def ways_to_count(args, learn, plain, folder, pictures):
     from binvision.ground.pictures import preprocess
 
     int8, fp32 = (load_model(folder, backend, args.threads) for backend in ("int8", "fp32"))
-    ready, some, few = np.stack([preprocess(p, int8.card) for p in pictures]), pictures[:4 * args.slow], pictures[:args.slow]
+    ready = np.stack([preprocess(p, int8.card) for p in pictures])
+    some, few = pictures[:4 * args.slow], pictures[:args.slow]
 
     def bare(model): return lambda: [model.logits(ready[i:i + 16]) for i in range(0, len(ready), 16)]
 
@@ -143,11 +146,12 @@ def show_rates(rounds):
     for name in rounds[0]:
         ratios = [r["binvision predict, int8"] / r[name] for r in rounds]
         asked = f"{ASKED[name]:8}" if name in ASKED else ""
-        print(f"{name:32}{statistics.median(r[name] for r in rounds):10.1f}{statistics.median(ratios):13.2f}{min(ratios):8.2f}{max(ratios):8.2f}{asked}")
+        per_second, ratio = statistics.median(r[name] for r in rounds), statistics.median(ratios)
+        print(f"{name:32}{per_second:10.1f}{ratio:13.2f}{min(ratios):8.2f}{max(ratios):8.2f}{asked}")
 
 
 def peoples_start(args, plain, home, picture):
-    "What `load_learner` and `predict` are as a command, or the same with a learner that is built anew where its pickle does not load."
+    "A command that loads a learner and predicts; where its pickle does not load, the command builds the learner first."
     import torch
 
     command = [sys.executable, "-c", LOAD_LEARNER, str(home), str(picture)]
@@ -157,19 +161,20 @@ def peoples_start(args, plain, home, picture):
         return "load_learner and predict", command
     except (TypeError, subprocess.CalledProcessError):  # fastai 2.8.7 with the newest plum: its transforms hold locks
         torch.save(plain.model.state_dict(), home / "weights.pth")
-        return "a learner rebuilt (its pickle does not load with these versions) and predict", [
+        return "a rebuilt learner (its pickle does not load with these versions) and predict", [
             sys.executable, "-c", REBUILT, str(home), str(picture), args.arch, str(args.size)]
 
 
 def show_cold_starts(args, plain, folder, home, picture):
-    "Whole processes for one picture, in turn."
+    "Complete processes that predict one picture, in turn."
     ours = [sys.executable, "-c", "from binvision.cli.main import main; main()", "predict", str(folder), str(picture)]
     name, theirs = peoples_start(args, plain, home, picture)
-    seconds(ours), seconds(theirs)  # the files are in memory for both
+    for command in (ours, theirs): seconds(command)  # so that the files are in memory for both
     took = [(seconds(ours), seconds(theirs)) for _ in range(args.starts)]
     ours, theirs = (statistics.median(side) for side in zip(*took))
     ratio = statistics.median(a / b for a, b in took)
-    print(f"\ncold start, one picture: binvision predict {ours:.2f} s; {name} {theirs:.2f} s; ours / theirs {ratio:.3f}, asked at most 0.2")
+    print(f"\ncold start, one picture: binvision predict {ours:.2f} s; {name} {theirs:.2f} s; "
+          f"ours / theirs {ratio:.3f}, asked at most 0.2")
 
 
 def main():
@@ -187,8 +192,9 @@ def main():
         ways = ways_to_count(args, learn, plain, folder, pictures)
         for work, _ in ways.values(): work()  # warm up
         rounds = [{name: rate(*way) for name, way in ways.items()} for _ in range(args.rounds)]
-        print(f"{args.arch}, {args.size} px, {args.threads} threads, {len(pictures)} JPEG files, {args.rounds} rounds, Python {platform.python_version()}, "
-              f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, {os.cpu_count()} cores, load {before:.1f} to {os.getloadavg()[0]:.1f}\n")
+        print(f"{args.arch}, {args.size} px, {args.threads} threads, {len(pictures)} JPEG files, {args.rounds} rounds, "
+              f"Python {platform.python_version()}, torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, "
+              f"{os.cpu_count()} cores, load {before:.1f} to {os.getloadavg()[0]:.1f}\n")
         show_rates(rounds)
         show_cold_starts(args, plain, folder, Path(home), pictures[0])
 

@@ -1,4 +1,4 @@
-"""Backends, 8-bit networks, long runs and cold starts: what needs other processes, kills and broken files."""
+"""Backends, 8-bit networks, long runs and cold starts: tests that need other processes, kills and broken files."""
 import json
 import os
 import shutil
@@ -14,9 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from binvision.cli.main import app
-from binvision.ground.core import ModelError, UsageError
-from binvision.model.predict import load_model, predict, predict_stream, softmax
+from binvision.ground.core import ModelError
 from binvision.ground.pictures import preprocess
+from binvision.model.predict import load_model, predict, predict_stream
+from binvision.model.scores import softmax
 
 PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 
@@ -43,9 +44,11 @@ def many(home):
     folder, random = home / "many", np.random.default_rng(0)
     folder.mkdir()
     for i in range(300):
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((72, 72)).save(folder / f"{i:03}.jpg")
+        small = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((72, 72)).save(folder / f"{i:03}.jpg")
     for i in (5, 150, 299): (folder / f"{i:03}.jpg").write_bytes(b"broken")
-    pd.DataFrame({"id": range(300), "path": [f"many/{i:03}.jpg" for i in range(300)]}).to_csv(home / "many.csv", index=False)
+    paths = [f"many/{i:03}.jpg" for i in range(300)]
+    pd.DataFrame({"id": range(300), "path": paths}).to_csv(home / "many.csv", index=False)
     return folder
 
 
@@ -55,9 +58,10 @@ def test_export_leaves_the_fp32_network_as_it_was_and_says_what_int8_costs(both,
     card, before = (json.loads((f / "card.json").read_text()) for f in (both, model))
     assert (both / "model.onnx").read_bytes() == (model / "model.onnx").read_bytes()
     assert (both / "model.int8.onnx").stat().st_size < 0.3 * (both / "model.onnx").stat().st_size
-    assert {k: v for k, v in card.items() if k not in ("int8", "files")} == {k: v for k, v in before.items() if k != "files"}
+    assert {k: card[k] for k in card if k not in ("int8", "files")} == {k: before[k] for k in before if k != "files"}
     valid = pd.read_csv(manifest)["part"].eq("valid").sum()
-    assert card["int8"]["n"] == valid and {r["method"] for r in card["int8"]["tried"]} == {"minmax", "percentile", "entropy"}
+    assert card["int8"]["n"] == valid
+    assert {r["method"] for r in card["int8"]["tried"]} == {"minmax", "percentile", "entropy"}
     assert sorted(p.name for p in both.iterdir()) == ["card.json", "model.int8.onnx", "model.onnx", "model.safetensors"]
 
 
@@ -66,7 +70,8 @@ def test_the_figures_in_the_card_are_those_of_predict(both, data, manifest):
     rows = rows[rows.part == "valid"]
     entry = json.loads((both / "card.json").read_text())["int8"]
     for backend in ("fp32", "int8"):
-        said = np.array([p.count for p in predict(both, [data / f"bin-images/{i}.jpg" for i in rows.id], backend=backend)])
+        paths = [data / f"bin-images/{i}.jpg" for i in rows.id]
+        said = np.array([p.count for p in predict(both, paths, backend=backend)])
         assert entry[backend]["accuracy"] == pytest.approx((said == rows["count"]).mean())
         assert entry[backend]["mae"] == pytest.approx(np.abs(said - rows["count"]).mean())
 
@@ -78,16 +83,18 @@ def test_a_second_export_replaces_the_first(both, data, manifest, tmp_path):
     assert card["int8"]["seed"] == 5 and load_model(tmp_path / "m").backend == "int8"
 
 
-def test_export_that_cannot_be_done(model, data, manifest, tmp_path):
+def test_an_export_without_a_format_or_a_model_is_refused(model, data, manifest, tmp_path):
     run("export", model, data, manifest, status=2)
     run("export", tmp_path, "--int8", data, manifest, status=2)
 
 
 def test_the_fastest_backend_unless_told(both, model, data):
     picture = data / "bin-images/00001.jpg"
-    assert load_model(both).backend == "int8" and load_model(model).backend == "fp32" and load_model(both, "fp32").backend == "fp32"
-    a, b = (json.loads(run("predict", both, picture, "--json", "--backend", name).stdout)["probabilities"] for name in ("fp32", "int8"))
-    assert a != b and json.loads(run("predict", both, picture, "--json").stdout)["probabilities"] == b
+    assert load_model(both).backend == "int8"
+    assert load_model(model).backend == load_model(both, "fp32").backend == "fp32"
+    answer = lambda *options: json.loads(run("predict", both, picture, "--json", *options).stdout)["probabilities"]
+    fp32, int8 = answer("--backend", "fp32"), answer("--backend", "int8")
+    assert fp32 != int8 and answer() == int8
     assert "binvision export" in run("predict", model, picture, "--backend", "int8", status=2).stderr
     assert "int4" in run("predict", model, picture, "--backend", "int4", status=2).stderr
     with pytest.raises(ModelError, match="cuda"): load_model(both, "cuda")
@@ -99,7 +106,8 @@ def test_a_stream_gives_each_picture_its_own_answer(both, many, backend, threads
     model = load_model(both, backend, threads)
     paths = sorted(many.iterdir())[:50]
     streamed = list(predict_stream(model, iter(paths), batch_size=4))
-    assert [p.source for p in streamed] == list(map(str, paths)) and [bool(p.error) for p in streamed] == [i == 5 for i in range(50)]
+    assert [p.source for p in streamed] == list(map(str, paths))
+    assert [bool(p.error) for p in streamed] == [i == 5 for i in range(50)]
     for p in streamed[::7]:
         expected = softmax(model.logits(preprocess(p.source, model.card)[None]))[0]
         assert list(p.probabilities.values()) == pytest.approx(expected, abs=1e-4)
@@ -116,34 +124,36 @@ def test_a_stream_reads_only_a_little_ahead(both, many):
 # Long runs
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
-def test_a_killed_run_goes_on(both, many, home, tmp_path, ending):
-    command = [*PROGRAM, "predict", str(both), str(home / "many.csv"), "--out", str(tmp_path / f"r.{ending}"), "--threads", "1"]
-    journal, kept = tmp_path / f"r.{ending}.journal", 0
+def test_a_killed_run_resumes(both, many, home, tmp_path, ending):
+    result, journal = tmp_path / f"r.{ending}", tmp_path / f"r.{ending}.journal"
+    command = [*PROGRAM, "predict", str(both), str(home / "many.csv"), "--out", str(result), "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (journal.exists() and len(journal.read_bytes().splitlines()) > 20):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / f"r.{ending}").exists()
+    assert process.wait() == -signal.SIGKILL and not result.exists()
     process.stderr.close()
     kept = journal.read_bytes().count(b"\n") - 1
     assert 0 < kept < 300
 
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and f"300 pictures, {kept} of them by an earlier run, 3 without a count" in done.stdout, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert f"300 pictures, {kept} of them by an earlier run, 3 without a count" in done.stdout
     assert all(f"many/{i:03}.jpg: " in done.stderr for i in (5, 150, 299)) and "Traceback" not in done.stderr
-    table = pd.read_parquet(tmp_path / "r.parquet") if ending == "parquet" else pd.read_json(tmp_path / "r.jsonl", lines=True)
+    table = pd.read_parquet(result) if ending == "parquet" else pd.read_json(result, lines=True)
     assert list(table.source) == [f"many/{i:03}.jpg" for i in range(300)] and table["count"].isna().sum() == 3
-    alone = [p.count for p in predict(load_model(both), [many / f"{i:03}.jpg" for i in range(300)])]
-    assert [None if np.isnan(c) else int(c) for c in table["count"]] == alone
+    assert "mean" in table.columns
+    at_once = [p.count for p in predict(load_model(both), [many / f"{i:03}.jpg" for i in range(300)])]
+    assert [None if np.isnan(c) else int(c) for c in table["count"]] == at_once
     assert [p.name for p in tmp_path.iterdir()] == [f"r.{ending}"]
 
 
 def test_ctrl_c_says_what_is_kept(both, many, home, tmp_path):
-    process = subprocess.Popen([*PROGRAM, "predict", str(both), str(many), "--out", str(tmp_path / "r.jsonl"), "--threads", "1", "--batch-size", "1"],
-                               stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((tmp_path / "r.jsonl.journal").exists() and (tmp_path / "r.jsonl.journal").stat().st_size > 2000):
+    command = [*PROGRAM, "predict", str(both), str(many), "--out", str(tmp_path / "r.jsonl")]
+    process = subprocess.Popen([*command, "--threads", "1", "--batch-size", "1"], stderr=subprocess.PIPE, text=True)
+    journal, deadline = tmp_path / "r.jsonl.journal", time.monotonic() + 120
+    while not (journal.exists() and journal.stat().st_size > 2000):
         assert process.poll() is None and time.monotonic() < deadline
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
@@ -161,23 +171,31 @@ def test_a_journal_of_another_model_is_refused(both, many, tmp_path):
 def test_a_disk_that_fills_up_keeps_the_journal(both, many, tmp_path):
     import resource
 
-    done = subprocess.run([*PROGRAM, "predict", str(both), str(many), "--out", str(tmp_path / "r.jsonl")], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    command = [*PROGRAM, "predict", str(both), str(many), "--out", str(tmp_path / "r.jsonl")]
+    fill_up = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=fill_up)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     run("predict", both, many, "--out", tmp_path / "r.jsonl", status=1)
     assert (tmp_path / "r.jsonl").read_text().count("\n") == 300
 
 
-@pytest.mark.skipif("BINVISION_LONG" not in os.environ, reason="minutes; BINVISION_LONG=20000 runs it on so many pictures")
+PEAK = """
+import resource, sys
+from binvision.model.bulk import predict_to
+predict_to(*sys.argv[1:4])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.skipif("BINVISION_LONG" not in os.environ, reason="takes minutes; BINVISION_LONG=20000 sets the pictures")
 def test_memory_does_not_grow_with_the_number_of_pictures(both, many, tmp_path):
     peaks = []
     for n in (2000, int(os.environ["BINVISION_LONG"])):
         folder = tmp_path / str(n)
         folder.mkdir()
         for i in range(n): os.link(many / f"{i % 5:03}.jpg", folder / f"{i:06}.jpg")
-        code = ("import resource, sys; from binvision.model.bulk import predict_to; predict_to(sys.argv[1], sys.argv[2], sys.argv[3]); "
-                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
-        done = subprocess.run([sys.executable, "-c", code, both, folder, tmp_path / f"{n}.parquet"], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", PEAK, both, folder, tmp_path / f"{n}.parquet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
         assert len(pd.read_parquet(tmp_path / f"{n}.parquet", columns=["count"])) == n
     print(f"peak MB: {peaks}")
@@ -186,8 +204,18 @@ def test_memory_does_not_grow_with_the_number_of_pictures(both, many, tmp_path):
 
 # Cold start
 
+HEAVY = ("torch", "fastai", "pandas", "matplotlib", "scipy", "sklearn", "pyarrow", "onnx")
+ONE_PICTURE = f"""
+import sys
+from binvision.cli.main import main
+try: main()
+except SystemExit as e: assert not e.code, e.code
+print([m for m in {HEAVY} if m in sys.modules])
+"""
+
+
 def test_one_picture_needs_neither_torch_nor_fastai_nor_pandas(both, data):
-    code = ("import sys\nfrom binvision.cli.main import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
-            "print([m for m in ('torch', 'fastai', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'pyarrow', 'onnx') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code, "predict", str(both), str(data / "bin-images/00001.jpg")], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]" and len(done.stdout.splitlines()) == 3, done.stdout + done.stderr
+    command = [sys.executable, "-c", ONE_PICTURE, "predict", str(both), str(data / "bin-images/00001.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 3 and lines[-1] == "[]", done.stdout + done.stderr
