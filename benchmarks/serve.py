@@ -1,12 +1,12 @@
 """The service under load: 2, 16 and 64 callers, each sending the next picture as soon as the last is answered.
 
-    python benchmarks/serve.py [--model FOLDER] [--images FOLDER] [--seconds 30] [--clients 2 16 64] [--out benchmarks/serve.json]
+    python benchmarks/serve.py [--model FOLDER] [--images FOLDER] [--seconds 30] [--clients 2 16 64] [--out FILE]
 
 The service is the command `binvision serve` in a process of its own, the callers are threads of this one, on the same
-machine: what they cost is part of the result. Every answer is compared with the prediction of its picture alone. Before and
-after, the offline `predict` runs over the same files with the same model, backend and threads; the ratio is the
-service's pictures per second by the mean of the two. Without --images full-size synthetic bins are drawn, without
---model a network with random weights is written (speed does not depend on them).
+machine: what they cost is part of the result. Every answer is compared with the prediction of its picture by itself.
+Before and after, the offline `predict` runs over the same files with the same model, backend and threads; the ratio is
+the service's pictures per second divided by the mean of the two. Without --images full-size synthetic bins are drawn;
+without --model a network with random weights is written, as speed does not depend on them.
 """
 import argparse
 import http.client
@@ -32,7 +32,7 @@ def arguments():
     parser.add_argument("--size", type=int, default=224, help="side of the square input, pixels")
     parser.add_argument("--images", type=Path, help="folder of JPEG files; default: synthetic bins at full size")
     parser.add_argument("--n", type=int, default=64, help="different pictures")
-    parser.add_argument("--backend", help="fp32, int8 or cuda; default: the fastest that is there")
+    parser.add_argument("--backend", help="fp32, int8 or cuda; default: the fastest available")
     parser.add_argument("--threads", type=int, default=2, help="of the network, online and offline")
     parser.add_argument("--clients", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--seconds", type=float, default=30, help="of each load, and of each offline run")
@@ -74,7 +74,9 @@ class Service:
     "The command in a process of its own."
 
     def __init__(self, model, backend, threads):
-        command = [sys.executable, "-c", "from binvision.cli.main import main; main()", "serve", str(model), "--port", "0", "--threads", str(threads), *(["--backend", backend] if backend else [])]
+        program = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
+        options = ["--port", "0", "--threads", str(threads), *(["--backend", backend] if backend else [])]
+        command = [*program, "serve", str(model), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.url = json.loads(self.process.stdout.readline())["url"]
         threading.Thread(target=lambda: [None for _ in self.process.stdout], daemon=True).start()
@@ -141,10 +143,11 @@ def load(service, bodies, expected, n, seconds):
     before, callers = service.memory(), Callers(service.url, bodies, expected)
     took = callers.run(n, seconds)
     p50, p95, p99 = (float(x) for x in np.percentile(callers.times, [50, 95, 99]) * 1000)
-    answered = len(callers.times)
-    return {"clients": n, "seconds": took, "answers": answered, "per_second": callers.outcomes["right"] / took, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99,
-            "refused_503": callers.outcomes["HTTP 503"], "errors": answered - callers.outcomes["right"] - callers.outcomes["HTTP 503"],
-            "largest_difference": callers.largest, "memory_start_mb": before, "memory_end_mb": service.memory(), "outcomes": dict(callers.outcomes)}
+    answered, right, refused = len(callers.times), callers.outcomes["right"], callers.outcomes["HTTP 503"]
+    return {"clients": n, "seconds": took, "answers": answered, "per_second": right / took,
+            "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "refused_503": refused, "errors": answered - right - refused,
+            "largest_difference": callers.largest, "memory_start_mb": before, "memory_end_mb": service.memory(),
+            "outcomes": dict(callers.outcomes)}
 
 
 def processor():
@@ -168,8 +171,12 @@ def main():
         rates.append(offline(model, pictures, args.seconds))
     rate = sum(rates) / 2
     for row in rows: row["of_offline"] = row["per_second"] / rate
-    result = {"hardware": f"{processor()}, {os.cpu_count()} cores", "threads": args.threads, "load_average": os.getloadavg()[0], "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-              "model": f"{model.card['arch']}, {model.card['size']} px, {model.backend}", "pictures": f"{len(bodies)} JPEG files, {sum(map(len, bodies)) / len(bodies) / 1000:.0f} kB on average",
+    average = sum(map(len, bodies)) / len(bodies) / 1000
+    result = {"hardware": f"{processor()}, {os.cpu_count()} cores", "threads": args.threads,
+              "load_average": os.getloadavg()[0], "python": platform.python_version(),
+              "date": time.strftime("%Y-%m-%d"),
+              "model": f"{model.card['arch']}, {model.card['size']} px, {model.backend}",
+              "pictures": f"{len(bodies)} JPEG files, {average:.0f} kB on average",
               "offline_per_second": rates, "exit_status": status, "rows": rows}
     show(result)
     if args.out:
@@ -179,12 +186,22 @@ def main():
     sys.exit(1 if status or any(row["errors"] for row in rows) else 0)
 
 
+COLUMNS = { # column → its width, the key of its numbers and their format
+    "clients": (7, "clients", ""), "answers": (9, "answers", ""), "per s": (8, "per_second", ".1f"),
+    "of offline": (12, "of_offline", ".2f"), "p50 ms": (8, "p50_ms", ".0f"), "p95": (8, "p95_ms", ".0f"),
+    "p99": (8, "p99_ms", ".0f"), "503": (6, "refused_503", ""), "errors": (8, "errors", ""),
+    "MB start": (10, "memory_start_mb", ".0f"), "end": (7, "memory_end_mb", ".0f"),
+}
+
+
 def show(result):
     "Print the results as a table."
-    print(f"{result['model']}; {result['pictures']}; {result['hardware']}, {result['threads']} threads; offline {' and '.join(f'{r:.1f}' for r in result['offline_per_second'])} pictures/s\n")
-    print(f"{'clients':>7}{'answers':>9}{'per s':>8}{'of offline':>12}{'p50 ms':>8}{'p95':>8}{'p99':>8}{'503':>6}{'errors':>8}{'MB start':>10}{'end':>7}")
-    for r in result["rows"]:
-        print(f"{r['clients']:7}{r['answers']:9}{r['per_second']:8.1f}{r['of_offline']:12.2f}{r['p50_ms']:8.0f}{r['p95_ms']:8.0f}{r['p99_ms']:8.0f}{r['refused_503']:6}{r['errors']:8}{r['memory_start_mb']:10.0f}{r['memory_end_mb']:7.0f}")
+    rates = " and ".join(f"{rate:.1f}" for rate in result["offline_per_second"])
+    print(f"{result['model']}; {result['pictures']}; {result['hardware']}, {result['threads']} threads")
+    print(f"offline {rates} pictures/s\n")
+    print("".join(f"{name:>{width}}" for name, (width, _, _) in COLUMNS.items()))
+    for row in result["rows"]:
+        print("".join(f"{format(row[key], how):>{width}}" for width, key, how in COLUMNS.values()))
 
 
 if __name__ == "__main__": main()
