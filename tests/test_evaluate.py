@@ -1,4 +1,4 @@
-"""Metrics against other ways to compute them, and `evaluate` on whole, broken and foreign input."""
+"""Metrics compared with other ways to compute them, and `evaluate` on good, broken and foreign input."""
 import json
 import os
 import shutil
@@ -10,12 +10,14 @@ import pytest
 from sklearn import metrics as sk
 
 from binvision.ground.core import DataError, ModelError, UsageError, rng
+from binvision.evaluate.figures import Answers, decode, figures_of, image_sums
+from binvision.evaluate.metrics import constants, metrics, metrics_table
 from binvision.evaluate.plots import calibration, coverage
 from binvision.evaluate.compare import compare, difference
-from binvision.evaluate.metrics import constants, decode, metrics, metrics_table
+from binvision.evaluate.explain import explain_network, grad_cam
 from binvision.evaluate.report import evaluate, read_predictions
-from binvision.evaluate.explain import grad_cam
 from binvision.model.predict import load_model
+from binvision.model.scores import scores
 from binvision.split.manifest import read_manifest
 
 COUNTS = [1, 2, 3, 4, 5]
@@ -51,6 +53,14 @@ def test_figures_are_those_of_scikit_learn(seed, counts, occurring):
         assert [row[k]["value"] for k in ("precision", "recall", "f1")] == pytest.approx([precision, recall, f1])
     for count in set(counts) - set(there): assert m["per_class"][str(count)]["recall"]["value"] is None
     assert json.loads(json.dumps(m, allow_nan=False)) == m
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_sums_are_those_of_scores(seed):
+    y, p, groups = made_up(seed)
+    p[0] = np.eye(5)[y[0] % 5]  # sure, and wrong: the likelihood is clipped
+    found, theirs = figures_of(image_sums(Answers(y, p, COUNTS, groups)).sum(0), COUNTS), scores(p, y, COUNTS)
+    for name in ("accuracy", "mae", "nll"): assert found[name] == pytest.approx(theirs[name], abs=1e-12)
 
 
 def test_median_is_the_best_answer_for_absolute_error():
@@ -142,14 +152,13 @@ def test_coverage_and_calibration_account_for_every_image():
 def test_heat_of_a_linear_head_is_the_class_activation_map():
     "For average pooling and a linear layer Grad-CAM is CAM (Zhou et al. 2016), which needs no gradient."
     torch = pytest.importorskip("torch")
-    from binvision.evaluate.explain import _cam
     torch.manual_seed(0)
     body = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, stride=8), torch.nn.ReLU())
     head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5))
     card = {"arch": "toy", "counts": COUNTS, "size": 64, "resize": "squash", "mean": [.5]*3, "std": [.25]*3}
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for count in COUNTS:
-        picture, heat, explained = _cam(card, torch.nn.Sequential(body, head), image, count)
+        picture, heat, explained = explain_network(card, torch.nn.Sequential(body, head), image, count)
         maps = body(torch.from_numpy(((image/255 - .5)/.25).transpose(2, 0, 1)[None]).float())
         cam = (head[2].weight[count - 1, :, None, None]*maps[0]).sum(0, keepdim=True)[None].clamp(min=0)
         cam = torch.nn.functional.interpolate(cam, (64, 64), mode="bilinear")[0, 0].detach().numpy()
@@ -160,19 +169,17 @@ def test_heat_of_a_linear_head_is_the_class_activation_map():
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "resnet10t", "densenet121", "convnext_atto"])
 def test_grad_cam_of_other_networks(arch):
     pytest.importorskip("torch")
-    from binvision.evaluate.explain import _cam
     from binvision.train.networks import build_model
     card = {"arch": arch, "counts": COUNTS, "size": 64, "resize": "pad", "mean": [.5]*3, "std": [.25]*3}
-    _, heat, _ = _cam(card, build_model(arch, 5, None).eval(), np.full((40, 60, 3), 99, np.uint8))
+    _, heat, _ = explain_network(card, build_model(arch, 5, None).eval(), np.full((40, 60, 3), 99, np.uint8))
     assert heat.shape == (64, 64) and np.isfinite(heat).all() and 0 <= heat.min() <= heat.max() <= 1
 
 
 def test_grad_cam_says_when_there_are_no_maps():
-    from binvision.evaluate.explain import _cam
     from binvision.train.networks import build_model
     card = {"arch": "vit_tiny_patch16_224", "counts": COUNTS, "size": 224, "resize": "pad", "mean": [.5]*3, "std": [.25]*3}
     with pytest.raises(ModelError, match="convolutional"):
-        _cam(card, build_model("vit_tiny_patch16_224", 5, None).eval(), np.zeros((40, 60, 3), np.uint8))
+        explain_network(card, build_model("vit_tiny_patch16_224", 5, None).eval(), np.zeros((40, 60, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -268,14 +275,14 @@ def test_another_split_carries_a_warning_with_the_number_of_seen_bins(model, dat
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(model, data, manifest, tmp_path, monkeypatch):
     (tmp_path/"file").write_text("in the way")
-    monkeypatch.setattr("binvision.evaluate.predict", lambda *a: pytest.fail("predicted first"))
+    monkeypatch.setattr("binvision.evaluate.report.predict", lambda *a: pytest.fail("predicted first"))
     for out in (tmp_path/"file", "/proc/nowhere"):
         with pytest.raises(DataError, match="cannot be written"): evaluate(model, data, manifest, out=out)
 
 
-def test_a_failure_leaves_the_old_report_whole(report, model, data, manifest, tmp_path, monkeypatch):
+def test_a_failure_leaves_the_old_report_as_it_was(report, model, data, manifest, tmp_path, monkeypatch):
     shutil.copytree(report[0], tmp_path/"r")
-    monkeypatch.setattr("binvision.evaluate.html_page", lambda *a: 1/0)
+    monkeypatch.setattr("binvision.evaluate.report.html_page", lambda *a: 1/0)
     with pytest.raises(ZeroDivisionError): evaluate(model, data, manifest, out=tmp_path/"r", n_boot=10, cams=0)
     assert {p.name: p.read_bytes() for p in (tmp_path/"r").iterdir()} == {p.name: p.read_bytes() for p in report[0].iterdir()}
 
