@@ -199,9 +199,9 @@ def catalogue(
         _write(listing, out or spare, images)
         return read_catalogue(out or spare)
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #7737f0c8
+# %% ../../nbs/02_data/03_catalogue.ipynb #015e8d0e
 def as_catalogue(
-    source, # a `Catalogue`, a folder that holds one, or a data set folder
+    source, # a Catalogue, a folder that holds one, or a data set folder
 )->Catalogue:
     "The catalogue that is meant. Raises `DataError` for a folder that is neither."
     if hasattr(source, "bins") and hasattr(source, "items"): return source

@@ -121,13 +121,13 @@ def _tables(cat):
     return {"suspicious": suspicious(cat), "before_after": before_after(cat),
             "near_duplicates": near_duplicates(cat.bins)}
 
-# %% ../../nbs/02_data/08_explore.ipynb #e21e7c7e
+# %% ../../nbs/02_data/08_explore.ipynb #09a90865
 def explore(
     data:str|os.PathLike, # a data set folder
     out:str|os.PathLike, # folder for index.html and suspicious.csv, before_after.csv, near_duplicates.csv, problems.csv
     catalogue:Catalogue|str|os.PathLike|None=None, # its catalogue, or the catalogue's folder; None reads the data again
     seed:int=0, # which bins are shown
-)->Path: # the page, index.html in `out`
+)->Path: # the page, index.html in out
     "Write a self-contained page of tables and pictures about a data set. Raises `DataError` for a folder without bins."
     cat, out = _catalogue_of(data, catalogue), Path(out)
     tables = _tables(cat)

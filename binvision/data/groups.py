@@ -200,9 +200,9 @@ def pairs(self:Ties,
     yield from self.picture_pairs()
     yield self.unknown[:, _cut_runs(*self.unknown, self.number, self.hashes, longest)]
 
-# %% ../../nbs/02_data/05_groups.ipynb #608a8051
+# %% ../../nbs/02_data/05_groups.ipynb #c94d11d6
 def group_bins(
-    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
+    cat, # a Catalogue, a folder that holds one, or a data set folder
     jaccard:float=.3, # bins whose ASINs have at least this Jaccard index stay together, 0.3 to 1
     longest:int|None=None, # longer runs of bins without documents are cut; None: 1 % of the bins, 10 to 100
 )->pd.Series: # the group of each bin, by id

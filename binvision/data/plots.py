@@ -14,12 +14,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..ground.show import ACCENT, BLUES, GREY, MAIN, new_axes, nothing
 
-# %% ../../nbs/02_data/06_plots.ipynb #215d92df
+# %% ../../nbs/02_data/06_plots.ipynb #abc92039
 def plot_counts(
     bins:pd.DataFrame, # the bins of a catalogue
     ax:Axes|None=None, # matplotlib axes to draw on; None makes a figure
     most:int=12, # counts above this one share a bar
-)->Figure: # the figure of `ax`
+)->Figure: # the figure that was drawn on
     "How many bins have each count."
     ax = new_axes(ax, "Bins by count", "count (items in the bin)", "bins")
     known = bins["count"].dropna().astype(int)
@@ -40,12 +40,12 @@ def _draw_grid(ax, grid):
         if n: ax.text(column, row, f"{n:,}", ha="center", va="center", fontsize=8, color=color)
     ax.set(xlim=(-.5, grid.shape[1] - .5), ylim=(-.5, grid.shape[0] - .5))
 
-# %% ../../nbs/02_data/06_plots.ipynb #3a5267fa
+# %% ../../nbs/02_data/06_plots.ipynb #4f21a8c0
 def plot_quantities(
     bins:pd.DataFrame, # the bins of a catalogue
     ax:Axes|None=None, # matplotlib axes to draw on; None makes a figure
     most:int=10, # larger numbers share the last row or column
-)->Figure: # the figure of `ax`
+)->Figure: # the figure that was drawn on
     "Bins by their number of different items and their sum of quantities; darker is more."
     ax = new_axes(ax, "Quantities against different items", "sum of the quantities", "different items", (6, 4))
     known = bins[["quantity_sum", "n_items"]].dropna().astype(int)
@@ -60,11 +60,11 @@ def plot_quantities(
         axis.set_ticks(range(values.max() + 1), [f"≥ {k}" if k == most else str(k) for k in range(values.max() + 1)])
     return ax.figure
 
-# %% ../../nbs/02_data/06_plots.ipynb #719067d6
+# %% ../../nbs/02_data/06_plots.ipynb #bf8b3072
 def plot_sizes(
     bins:pd.DataFrame, # the bins of a catalogue
     ax:Axes|None=None, # matplotlib axes to draw on; None makes a figure
-)->Figure: # the figure of `ax`
+)->Figure: # the figure that was drawn on
     "Widths against heights; the larger the dot, the more images have this size."
     ax = new_axes(ax, "Image sizes", "width (pixels)", "height (pixels)", (4.5, 4))
     sizes = bins[["width", "height"]].dropna().astype(int).value_counts()
@@ -77,12 +77,12 @@ def plot_sizes(
     if len(sizes) == 1: ax.set_title(f"Image sizes: all {width[0]} × {height[0]} pixels", loc="left", fontsize=11)
     return ax.figure
 
-# %% ../../nbs/02_data/06_plots.ipynb #c12d6f98
+# %% ../../nbs/02_data/06_plots.ipynb #85ea69b8
 def plot_brightness(
     bins:pd.DataFrame, # the bins of a catalogue
     ax:Axes|None=None, # matplotlib axes to draw on; None makes a figure
     dark:float=60, # mean luma (0 to 255) below which an image is called dark
-)->Figure: # the figure of `ax`
+)->Figure: # the figure that was drawn on
     "How bright the images are, and where dark begins."
     ax = new_axes(ax, "Brightness of the images", "mean luma (0 black, 255 white)", "images", (4.5, 4))
     known = bins["brightness"].dropna()
@@ -108,11 +108,11 @@ def _log_scale(ax):
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
 
-# %% ../../nbs/02_data/06_plots.ipynb #6640540d
+# %% ../../nbs/02_data/06_plots.ipynb #359996ca
 def plot_dimensions(
     items:pd.DataFrame, # the items of a catalogue
     ax:Axes|None=None, # matplotlib axes to draw on; None makes a figure
-)->Figure: # the figure of `ax`
+)->Figure: # the figure that was drawn on
     "Heights, lengths and widths of the items."
     names = {"length": MAIN, "width": ACCENT, "height": GREY}
     known = {name: items.loc[items[name] > 0, name] for name in names}
@@ -125,11 +125,11 @@ def plot_dimensions(
     ax.legend(frameon=False, fontsize=9, ncols=3, loc="upper center")
     return ax.figure
 
-# %% ../../nbs/02_data/06_plots.ipynb #21247db9
+# %% ../../nbs/02_data/06_plots.ipynb #ebe77ad6
 def plot_weights(
     items:pd.DataFrame, # the items of a catalogue
     ax:Axes|None=None, # matplotlib axes to draw on; None makes a figure
-)->Figure: # the figure of `ax`
+)->Figure: # the figure that was drawn on
     "Weights of the items, and how many have none."
     known = items.loc[items["weight"] > 0, "weight"]
     title = f"Item weights ({len(items) - len(known):,} of {len(items):,} unknown)"

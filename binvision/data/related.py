@@ -121,12 +121,12 @@ def _equal_pairs(values):
         a = np.repeat(block, n)
         yield a, a + 1 + np.arange(len(a)) - np.repeat(np.cumsum(n) - n, n)
 
-# %% ../../nbs/02_data/04_related.ipynb #4b4d9655
+# %% ../../nbs/02_data/04_related.ipynb #3b973e22
 def picture_pairs(
     hashes:np.ndarray, # fingerprints, uint64
-    rows:np.ndarray, # positions in `hashes` of the pictures to compare
+    rows:np.ndarray, # positions in hashes of the pictures to compare
     distance:int=BITS, # fingerprints may differ in this many bits
-): # iterator of arrays a, b: positions in `hashes`
+): # iterator of arrays a, b: positions in hashes
     "Blocks of the pairs of pictures whose fingerprints hardly differ; exact, each pair once."
     masks = _slices(distance)
     for k, mask in enumerate(masks):

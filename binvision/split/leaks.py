@@ -60,10 +60,10 @@ def _bins_of(cat, manifest):
     raise DataError(f"{len(gone)} of the {len(manifest)} bins of the manifest are not in the catalogue, such as "
                     f"{gone.iloc[0]!r}", "pass the data set that was split, or leave these bins out of the manifest")
 
-# %% ../../nbs/04_split/02_leaks.ipynb #35b06b1b
+# %% ../../nbs/04_split/02_leaks.ipynb #c72f2a0e
 def leak_report(
-    manifest:pd.DataFrame, # what `split`, `read_manifest` or `given_split` returned
-    cat, # the `Catalogue` (or a folder) that holds its bins
+    manifest:pd.DataFrame, # what split, read_manifest or given_split returned
+    cat, # the Catalogue (or a folder) that holds its bins
     baseline:pd.DataFrame|None=None, # a manifest to compare with; None: the parts of this one, shuffled within each count
 )->pd.DataFrame: # index: split and part; columns: bins, and how many of those have a relative in another part
     "Count the bins with a relative in another part, by kind of tie. Raises `DataError` for bins that `cat` lacks."

@@ -54,9 +54,9 @@ def as_manifest(
                         "make the split again, or take it as it is: given_split")
     return table.astype({"count": int}).sort_values("id", ignore_index=True)
 
-# %% ../../nbs/04_split/00_manifest.ipynb #fb76baa2
+# %% ../../nbs/04_split/00_manifest.ipynb #2b528ffa
 def write_manifest(
-    manifest:pd.DataFrame, # what `split` returned
+    manifest:pd.DataFrame, # what split returned
     path:str|os.PathLike, # the CSV file to write
 )->str: # the file's SHA-256: the name of the split
     "Write a manifest. Raises `DataError` for a table that is not one, or if the disk refuses."
@@ -73,10 +73,10 @@ def _read_csv(path):
         raise DataError(f"{path}: not a CSV file that can be read ({reason})",
                         "pass the file that binvision split wrote") from e
 
-# %% ../../nbs/04_split/00_manifest.ipynb #5cc31368
+# %% ../../nbs/04_split/00_manifest.ipynb #20898788
 def read_manifest(
     path:str|os.PathLike, # a CSV file with the columns id, count, group, part
-)->pd.DataFrame: # the manifest; `.attrs["sha256"]` is its name
+)->pd.DataFrame: # the manifest, with its name in attrs["sha256"]
     "Read and check a manifest. Raises `DataError` for a file that cannot be read or is not a manifest."
     manifest = as_manifest(_read_csv(path), path)
     manifest.attrs["sha256"] = sha256(path)

@@ -122,9 +122,9 @@ def _check_sizes(table, shares):
                              "leave this count out, add bins, loosen eval_where, ask for other fractions, or make "
                              "smaller groups: groups=group_bins(cat, jaccard=0.6)")
 
-# %% ../../nbs/04_split/01_split.ipynb #fd0fb119
+# %% ../../nbs/04_split/01_split.ipynb #111684a1
 def split(
-    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
+    cat, # a Catalogue, a folder that holds one, or a data set folder
     counts=range(1, 6), # the counts to keep
     valid:float=.15, # fraction of the eligible bins of each count for validation
     test:float=.15, # fraction of the eligible bins of each count for the test
@@ -147,19 +147,19 @@ def split(
     columns = ["id", "count", "group", "part"]
     return table[columns].astype({"id": str, "group": str, "part": str}).reset_index(drop=True)
 
-# %% ../../nbs/04_split/01_split.ipynb #f5c8affe
+# %% ../../nbs/04_split/01_split.ipynb #66d6eead
 def random_split(
-    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder
-    **kwargs, # as for `split`, without groups
+    cat, # a Catalogue, a folder that holds one, or a data set folder
+    **kwargs, # as for split, without groups
 )->pd.DataFrame: # a manifest in which every bin is a group of its own
     "Split bins at random within each count, as is usually done. It leaks; use it only to compare with."
     cat = as_catalogue(cat)
     return split(cat, groups=pd.Series(cat.bins["id"].to_numpy(dtype=object), cat.bins["id"]), **kwargs)
 
-# %% ../../nbs/04_split/01_split.ipynb #5588848e
+# %% ../../nbs/04_split/01_split.ipynb #65ca742e
 def extend(
     manifest:pd.DataFrame|str|os.PathLike, # the manifest to extend, or its path
-    cat, # a `Catalogue`, a folder that `catalogue` wrote, or a data set folder: the same bins and more
+    cat, # a Catalogue, a folder that holds one, or a data set folder: the same bins and more
     counts=range(1, 6), # the counts to add; they may go beyond those of the manifest
     ids=None, # add only these bins: a list of ids, or a path that given_split takes
     groups:pd.Series|None=None, # the group of each bin, by id; None: group_bins(cat)
