@@ -107,13 +107,12 @@ def load_model(
     "Open a model folder for prediction. Raises `ModelError` for one that cannot be used."
     return Model(folder, backend, threads)
 
-# %% ../../nbs/05_model/02_backends.ipynb #e3cb72f4
+# %% ../../nbs/05_model/02_backends.ipynb #c68b7293
 @patch
 def logits(
     self:Model,
     batch:np.ndarray, # n × 3 × size × size, float32, from preprocess
     one_core:bool=False, # compute in the calling thread only, because other threads compute too
-    beside:bool=False, # the old name of one_core, until all callers are renamed
 )->np.ndarray: # n × number of counts, float32
     "The network's outputs for prepared pictures."
-    return (self.one_core_session if one_core or beside else self.session).run(None, {self.input: batch})[0]
+    return (self.one_core_session if one_core else self.session).run(None, {self.input: batch})[0]
