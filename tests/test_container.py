@@ -36,7 +36,7 @@ def copied(to):
     kept = [line[1:] for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for pattern in kept:
         found = list(root.glob(pattern))
-        assert found, f".dockerignore lets {pattern} in, and there is no such file"
+        assert found, f".dockerignore lets {pattern} in, which matches no file"
         for file in found:
             (to / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(root))

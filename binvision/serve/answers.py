@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from ..model.predict import Prediction
 
-# %% ../../nbs/12_serve/04_answers.ipynb #a4a24c43
+# %% ../../nbs/12_serve/04_answers.ipynb #4e54e4f4
 MATCH, MISMATCH = .5, .1 # probability of the recorded quantity: a match from, a mismatch below
 
 
@@ -22,7 +22,7 @@ def _verdict(p):
     if p >= MATCH: return "match"
     return "mismatch" if p < MISMATCH else "unsure"
 
-
+# %% ../../nbs/12_serve/04_answers.ipynb #a39a9d6c
 def agreement(
     probabilities:dict, # count → probability
     quantity:int, # the recorded quantity
@@ -31,7 +31,7 @@ def agreement(
     p = probabilities.get(quantity)
     return {"quantity": quantity, "probability": None if p is None else round(p, 6), "verdict": _verdict(p)}
 
-# %% ../../nbs/12_serve/04_answers.ipynb #c6888c7e
+# %% ../../nbs/12_serve/04_answers.ipynb #a2f12a73
 WORDS = {.9: "almost certain", .7: "fairly sure", .5: "more likely than not", 0: "a guess"} # confidence from … in words
 
 
@@ -41,7 +41,7 @@ def in_words(
     "A confidence in words."
     return next(words for least, words in WORDS.items() if confidence >= least)
 
-# %% ../../nbs/12_serve/04_answers.ipynb #1a4e604d
+# %% ../../nbs/12_serve/04_answers.ipynb #310d4f2c
 def answer(
     prediction:Prediction,
     quantity:int|None=None, # the recorded quantity
@@ -53,14 +53,14 @@ def answer(
     said["agreement"] = None if quantity is None else agreement(prediction.probabilities, quantity)
     return {key: said[key] for key in Answer.model_fields}
 
-# %% ../../nbs/12_serve/04_answers.ipynb #7d48e24f
+# %% ../../nbs/12_serve/04_answers.ipynb #8b3e5918
 class Agreement(BaseModel):
     "The recorded quantity compared with the model's answer."
     quantity: int = Field(description="The recorded quantity.")
     probability: float | None = Field(description="The model's probability of it; null if the model does not count it.")
     verdict: Literal["match", "mismatch", "unsure"]
 
-
+# %% ../../nbs/12_serve/04_answers.ipynb #f4d00af2
 class Answer(BaseModel):
     "The answer for one picture."
     name: str | None = Field(description="As sent.")
@@ -71,7 +71,7 @@ class Answer(BaseModel):
     probabilities: dict[str, float] = Field(description="Count → probability.")
     agreement: Agreement | None = Field(None, description="Null where no quantity was sent.")
 
-# %% ../../nbs/12_serve/04_answers.ipynb #8883fcb4
+# %% ../../nbs/12_serve/04_answers.ipynb #83ae82ef
 class Answers(BaseModel):
     "The answer to a request; one entry for each picture, in the order sent."
     model: str = Field(description="The model's id: architecture and a hash of its card.")

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .metrics import log_event
 from .pictures import Problem
 
-# %% ../../nbs/12_serve/08_guard.ipynb #af9aff58
+# %% ../../nbs/12_serve/08_guard.ipynb #d94b3c8c
 def request_id(
     headers:dict, # name → value, both bytes
 )->str:
@@ -26,7 +26,7 @@ def request_id(
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
 
-# %% ../../nbs/12_serve/08_guard.ipynb #d688a8d5
+# %% ../../nbs/12_serve/08_guard.ipynb #f2c61d38
 OPEN = ("/", "/healthz", "/readyz", "/ping", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js",
         "/openapi.json") # paths that never ask for a token
 
@@ -40,7 +40,7 @@ def allowed(
     if token is None or path in OPEN: return True
     return hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + token.encode())
 
-# %% ../../nbs/12_serve/08_guard.ipynb #065b204e
+# %% ../../nbs/12_serve/08_guard.ipynb #c03235ae
 class GuardMiddleware:
     "ASGI middleware: request ids, the token, headers, counters, logs, and the answer to unforeseen errors."
 
@@ -50,7 +50,7 @@ class GuardMiddleware:
         service, # its Service
     ): self.app, self.service = app, service
 
-# %% ../../nbs/12_serve/08_guard.ipynb #a7ab87fc
+# %% ../../nbs/12_serve/08_guard.ipynb #756ba7ad
 def refusal(
     service, # a Service
     scope:dict, # of the request
@@ -61,7 +61,7 @@ def refusal(
     service.metrics.refused.labels(problem.code).inc()
     return problem.response(scope["state"]["id"])
 
-# %% ../../nbs/12_serve/08_guard.ipynb #dce9a8c1
+# %% ../../nbs/12_serve/08_guard.ipynb #cab9a23f
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
             (b"cache-control", b"no-store"), (b"x-frame-options", b"DENY")]
 
@@ -75,7 +75,7 @@ def _watched(send, state):
         await send(message)
     return watch
 
-# %% ../../nbs/12_serve/08_guard.ipynb #1972b6e3
+# %% ../../nbs/12_serve/08_guard.ipynb #f92e5976
 @patch
 def _finish(self:GuardMiddleware, scope, seconds):
     "Count and log a request."
@@ -88,7 +88,7 @@ def _finish(self:GuardMiddleware, scope, seconds):
     about = {"request_id": state["id"], "method": method, "path": path, "status": state["status"]}
     log_event("request", **about, **size, client=client, **code)
 
-# %% ../../nbs/12_serve/08_guard.ipynb #90dd32e7
+# %% ../../nbs/12_serve/08_guard.ipynb #d86cc32d
 @patch
 async def _respond(self:GuardMiddleware, scope, receive, send):
     "Let the application answer, or refuse."
@@ -102,7 +102,7 @@ async def _respond(self:GuardMiddleware, scope, receive, send):
         problem = Problem(500, "failed", "the service failed; its log says why, under the request's id")
     await refusal(self.service, scope, problem)(scope, receive, send)
 
-# %% ../../nbs/12_serve/08_guard.ipynb #fba86feb
+# %% ../../nbs/12_serve/08_guard.ipynb #cc335598
 @patch
 async def __call__(self:GuardMiddleware, scope, receive, send):
     "Answer one request."

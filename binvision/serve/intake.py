@@ -37,13 +37,13 @@ class PictureIn(BaseModel):
     name: str | None = Field(None, max_length=255, description="Any name; comes back in the answer.")
     quantity: int | None = Field(None, ge=0, le=1_000_000, description="The recorded quantity, as a whole number.")
 
-# %% ../../nbs/12_serve/02_intake.ipynb #cbb02add
+# %% ../../nbs/12_serve/02_intake.ipynb #42d8b8df
 class PicturesIn(BaseModel):
     "A JSON request."
     model_config = ConfigDict(extra="forbid", strict=True)
     images: list[PictureIn] = Field(min_length=1)
 
-# %% ../../nbs/12_serve/02_intake.ipynb #85248ca5
+# %% ../../nbs/12_serve/02_intake.ipynb #87171046
 _SHAPE = 'the shape is {"images": [{"data": "<base64>", "name": "a.jpg", "quantity": 3}]}'
 
 
@@ -55,7 +55,7 @@ def _wrong_shape(error):
     where = ".".join(str(x)[:40] for x in (unknown or found)[0]["loc"]) or "the body"
     return Problem(422, "wrong-shape", f"{where}: {wrong}; {_SHAPE}")
 
-# %% ../../nbs/12_serve/02_intake.ipynb #69da9e12
+# %% ../../nbs/12_serve/02_intake.ipynb #e0f02859
 def _from_base64(text, index, settings):
     "The bytes of a base64 text; line breaks are fine."
     limit = settings.max_bytes
@@ -66,7 +66,7 @@ def _from_base64(text, index, settings):
         how = "encode the file's bytes, without a data: prefix"
         raise Problem(400, "not-base64", f"data is not base64: {how}", image=index) from e
 
-# %% ../../nbs/12_serve/02_intake.ipynb #97c01c4f
+# %% ../../nbs/12_serve/02_intake.ipynb #39aaa359
 def _check_number(n, settings):
     "Raise a `Problem` for more pictures than a request may hold."
     limit = settings.max_images
@@ -83,7 +83,7 @@ def _read_json(body, settings):
     except ValidationError as e: raise _wrong_shape(e) from e
     return [Sent(_from_base64(image.data, i, settings), image.name, image.quantity) for i, image in enumerate(images)]
 
-# %% ../../nbs/12_serve/02_intake.ipynb #80224756
+# %% ../../nbs/12_serve/02_intake.ipynb #d0364843
 def _read_quantity(text):
     "The recorded quantity in a form field; `None` for an empty one."
     text = text.strip()
@@ -91,7 +91,7 @@ def _read_quantity(text):
         raise Problem(422, "quantity", f"quantity {text[:20]!r}: not a whole number from 0 to 999999")
     return int(text) if text else None
 
-# %% ../../nbs/12_serve/02_intake.ipynb #464a257f
+# %% ../../nbs/12_serve/02_intake.ipynb #d135957f
 class _Form:
     "Files and quantities of a form, in the order in which they come."
 
@@ -112,7 +112,7 @@ class _Form:
 
     def on_end(self): self.ended = True
 
-# %% ../../nbs/12_serve/02_intake.ipynb #e659aba7
+# %% ../../nbs/12_serve/02_intake.ipynb #f9266b39
 @patch
 def parse(self:_Form, body, boundary):
     "Read a body. Raises `Problem` for one that is not a form or not complete."
@@ -126,7 +126,7 @@ def parse(self:_Form, body, boundary):
         raise Problem(400, "not-a-form", "the body is not multipart/form-data with this boundary") from e
     if not self.ended: raise Problem(400, "not-a-form", "the form ends in the middle: send it again")
 
-# %% ../../nbs/12_serve/02_intake.ipynb #2389f012
+# %% ../../nbs/12_serve/02_intake.ipynb #800e3fcc
 def _read_form(body, boundary, settings):
     "The pictures of a multipart body."
     form = _Form(settings)
@@ -139,7 +139,7 @@ def _read_form(body, boundary, settings):
     for one, quantity in zip(sent, quantities): one.quantity = quantity
     return sent
 
-# %% ../../nbs/12_serve/02_intake.ipynb #2df00de0
+# %% ../../nbs/12_serve/02_intake.ipynb #ec7098fd
 PICTURE_TYPES = ("image/jpeg", "image/jpg", "image/png")
 
 
@@ -161,7 +161,7 @@ def read_request(
     known = "multipart/form-data, application/json, image/jpeg or image/png"
     raise Problem(415, "content-type", f"Content-Type {kind[:60]!r}: send {known}")
 
-# %% ../../nbs/12_serve/02_intake.ipynb #e5664809
+# %% ../../nbs/12_serve/02_intake.ipynb #67063947
 def _check_headers(request, too_large, limit):
     "Raise a `Problem` for a body that is already known to be unusable."
     if request.headers.get("content-encoding", "identity") != "identity":
@@ -169,7 +169,7 @@ def _check_headers(request, too_large, limit):
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > limit): raise too_large
 
-# %% ../../nbs/12_serve/02_intake.ipynb #3aec214d
+# %% ../../nbs/12_serve/02_intake.ipynb #909716f1
 async def receive(
     request:Request, # bytes that have come are counted in its state.held
     settings:ServeSettings,

@@ -20,34 +20,34 @@ def page_file(
     "The text of one of the files of which the page is made."
     return (_FOLDER/name).read_text(encoding="utf-8")
 
-# %% ../../nbs/12_serve/06_page.ipynb #bf497053
+# %% ../../nbs/12_serve/06_page.ipynb #c1ee1fe6
 def _data_url(svg): return "data:image/svg+xml;base64," + base64.b64encode(svg.strip().encode()).decode()
 
 
 def _inline(svg): return svg.strip().replace(' xmlns="http://www.w3.org/2000/svg"', "")  # HTML needs no namespace
 
-
+# %% ../../nbs/12_serve/06_page.ipynb #e5a01929
 def assemble()->str:
     "The page as one file of HTML."
     style, script, mark, camera = map(page_file, ("page.css", "page.js", "mark.svg", "camera.svg"))
     parts = {
         '"mark.svg">\n<link rel="stylesheet" href="page.css">': f'"{_data_url(mark)}">\n<style>{style}</style>',
-        '<img src="mark.svg" alt="">': _inline(mark),
-        '<img src="camera.svg" alt="">': _inline(camera),
+        '<img src="mark.svg" alt="" width="44" height="44">': _inline(mark),
+        '<img src="camera.svg" alt="" width="56" height="56">': _inline(camera),
         '<script src="page.js"></script>': f"<script>{script}</script>",
     }
     page = page_file("page.html")
     for reference, part in parts.items(): page = page.replace(reference, part, 1)
     return page
 
-# %% ../../nbs/12_serve/06_page.ipynb #20a4d6a7
+# %% ../../nbs/12_serve/06_page.ipynb #91e245d2
 def csp_hash(
     text:str, # the content of a script or style element
 )->str: # such as 'sha256-…', in quotes
     "How a Content-Security-Policy names a script or a style that may be in a page."
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-# %% ../../nbs/12_serve/06_page.ipynb #1e66421f
+# %% ../../nbs/12_serve/06_page.ipynb #4fb9d214
 def _policy(script, style):
     "The Content-Security-Policy of a page with one script and one style."
     return (f"default-src 'none'; script-src {csp_hash(script)}; style-src {csp_hash(style)}; img-src data: blob:; "

@@ -99,13 +99,13 @@ def check_picture(
     if image.width * image.height > settings.max_pixels: raise many
     _check_content(image, raw)
 
-# %% ../../nbs/12_serve/01_pictures.ipynb #3df34414
+# %% ../../nbs/12_serve/01_pictures.ipynb #ae547870
 def read_picture(
     raw:bytes, # a file's content
     card:dict, # the model's card: size, resize, mean, std
     settings:ServeSettings,
 )->np.ndarray: # 3 × size × size, float32
-    "A stranger's bytes as the network reads them. Raises `Problem` for a picture that cannot be used."
+    "A picture's bytes as the network reads them. Raises `Problem` for a picture that cannot be used."
     check_picture(raw, settings)
     try: return preprocess(raw, card)
     except MemoryError: raise

@@ -47,7 +47,7 @@ async def read_all(
     if failed: raise _unusable(sent, failed)
     return arrays
 
-# %% ../../nbs/12_serve/07_service.ipynb #d4776179
+# %% ../../nbs/12_serve/07_service.ipynb #db16599d
 class Service:
     "A model, its limits, and what requests share."
 
@@ -69,7 +69,7 @@ class Service:
         self.metrics.pending.set_function(lambda: self.batcher.pending)
         self.metrics.held.set_function(lambda: self.held)
 
-# %% ../../nbs/12_serve/07_service.ipynb #90d351b1
+# %% ../../nbs/12_serve/07_service.ipynb #c1528400
 @patch
 def hold(
     self:Service,
@@ -80,7 +80,7 @@ def hold(
     self.held += n * fits
     return fits
 
-# %% ../../nbs/12_serve/07_service.ipynb #52dddd6e
+# %% ../../nbs/12_serve/07_service.ipynb #4a12f30d
 @patch
 def in_thread(self:Service, function, *args):
     "An awaitable for the result of a function that runs in a thread."
@@ -92,7 +92,7 @@ def read(self:Service, raw):
     "An awaitable for the array of a picture."
     return self.in_thread(read_picture, raw, self.model.card, self.settings)
 
-# %% ../../nbs/12_serve/07_service.ipynb #dae3d30b
+# %% ../../nbs/12_serve/07_service.ipynb #360cac21
 @patch
 def answer(
     self:Service,
@@ -104,7 +104,7 @@ def answer(
     prediction = Prediction(one.name or "", counts[int(p.argmax())], dict(zip(counts, p.tolist())))
     return answer(prediction, one.quantity)
 
-# %% ../../nbs/12_serve/07_service.ipynb #a0fde30d
+# %% ../../nbs/12_serve/07_service.ipynb #bc0fee12
 @patch(as_prop=True)
 def ready(self:Service)->bool:
     "Whether requests can be answered."
@@ -125,7 +125,7 @@ async def lifespan(
     self.pool.shutdown()
     log_event("stopped", accepted=self.accepted, answered=self.answered)
 
-# %% ../../nbs/12_serve/07_service.ipynb #672bcbf7
+# %% ../../nbs/12_serve/07_service.ipynb #e4c28a0e
 @patch
 async def _read_body(self:Service, request):
     "The pictures of a request as they were sent."
@@ -142,7 +142,7 @@ async def _rows(self:Service, request, sent):
         request.state.accepted, request.state.images = True, len(sent)
         return await self.batcher(await read_all(sent, self.read))
 
-# %% ../../nbs/12_serve/07_service.ipynb #fa7279e1
+# %% ../../nbs/12_serve/07_service.ipynb #249abd65
 @patch
 async def predict(self:Service, request:Request)->dict: # the members of Answers
     "The answer to a request. Raises `Problem` for one that cannot be answered."
