@@ -17,7 +17,7 @@ from ..ground.pictures import load_image
 from ..ground.show import ACCENT, BLUES, GREY, MAIN, figure, new_axes, nothing
 from .figures import STEPS, Answers, confidence_step
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #7d5a3f10
+# %% ../../nbs/07_evaluate/02_plots.ipynb #1d9bc3f4
 def plot_confusion(
     m:dict, # from metrics
     ax:Axes=None, # axes to draw on; None makes a figure
@@ -33,7 +33,7 @@ def plot_confusion(
     ax.set_yticks(range(len(matrix)), m["counts"])
     return ax.figure
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #8cb8320a
+# %% ../../nbs/07_evaluate/02_plots.ipynb #2b73cf04
 def plot_recall(
     m:dict, # from metrics
     ax:Axes=None, # axes to draw on; None makes a figure
@@ -50,13 +50,13 @@ def plot_recall(
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     return ax.figure
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #907432ff
+# %% ../../nbs/07_evaluate/02_plots.ipynb #1469e01a
 def _wilson(right, images):
     "The share of right answers, and the ends of Wilson's 95 % interval, which hold the share."
     share, ends = right/images, binomtest(int(right), int(images)).proportion_ci(method="wilson")
     return {"right": share, "low": min(float(ends.low), share), "high": max(float(ends.high), share)}
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #ccc53b16
+# %% ../../nbs/07_evaluate/02_plots.ipynb #0e83b279
 def calibration(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
@@ -69,7 +69,7 @@ def calibration(
     shares = [_wilson(row.right, row.images) for row in steps.itertuples()]
     return steps[["images", "confidence"]].join(pd.DataFrame(shares, index=steps.index)).rename_axis("step")
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #a9d74b50
+# %% ../../nbs/07_evaluate/02_plots.ipynb #ce62cc03
 def plot_calibration(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
@@ -89,7 +89,7 @@ def plot_calibration(
     ax.legend(frameon=False, loc="upper left")
     return ax.figure
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #170c6f6f
+# %% ../../nbs/07_evaluate/02_plots.ipynb #251a8e51
 def coverage(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
@@ -102,7 +102,7 @@ def coverage(
     table = pd.DataFrame({"confidence": confidence, "coverage": n/len(n), "accuracy": a.right[order].cumsum()/n})
     return table[np.diff(confidence, append=-1) != 0].reset_index(drop=True)
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #9e4af745
+# %% ../../nbs/07_evaluate/02_plots.ipynb #277ec3c3
 def plot_coverage(
     labels:np.ndarray, # (images,), true counts
     probabilities:np.ndarray, # (images, counts)
@@ -125,7 +125,7 @@ def plot_coverage(
     ax.set(xlim=(0, 1.02), ylim=(0, 1.05))
     return ax.figure
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #50403204
+# %% ../../nbs/07_evaluate/02_plots.ipynb #53d8e631
 def picture_grid(
     n:int, # how many pictures
     columns:int=4, # side by side, at most

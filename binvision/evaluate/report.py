@@ -155,13 +155,14 @@ def _flat(tree, name=""):
     if not isinstance(tree, dict): return {name: str(tree)}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name} {key}".strip()).items()}
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #c27483be
+# %% ../../nbs/07_evaluate/06_report.ipynb #9aa3f19d
 def _sections(result, table, model, cams):
     "The headings of the page, and what stands under each."
     m, good, arrays = result["metrics"], table[table.error.isna()], list(_arrays(table).values())[:3]
     rest = {k: v for k, v in result.items() if k not in ("metrics", "constants", "failed", "warnings")}
-    note = (f"low and high are the ends of 95 % intervals (bootstrap of {m['n_groups']:,} groups of bins). A perfectly "
-            f"calibrated model would still show a calibration error of about {m['ece_if_calibrated']['value']:.3f}.")
+    note = (f"The columns low and high are the ends of 95 % intervals (bootstrap of {m['n_groups']:,} groups of bins). "
+            f"A perfectly calibrated model would still show a calibration error of about "
+            f"{m['ece_if_calibrated']['value']:.3f}.")
     failed, curves = pd.DataFrame(result["failed"]), _learning_curves(model)
     return [(heading, parts) for heading, parts, wanted in (
         ("Figures", [*(f"Note: {w}" for w in result["warnings"]), metrics_table(m, result["constants"]), note], True),
