@@ -61,7 +61,7 @@ def check_file(
                          "files of two models were mixed, or one was cut off: take all of them from their source again")
     return path
 
-# %% ../../nbs/05_model/01_folder.ipynb #db8eed30
+# %% ../../nbs/05_model/01_folder.ipynb #15132f91
 def save_model(
     folder:str|os.PathLike, # the model folder to write; an existing one is replaced
     card:dict, # at least arch, counts, size (pixels), resize, mean and std (3 floats each)
@@ -69,11 +69,11 @@ def save_model(
     tensors:dict, # the weights, name → array
 )->Path: # the folder
     "Write card.json, model.safetensors and model.onnx. Raises `DataError` where the disk refuses."
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with atomic_folder(folder) as new:
         (new/"model.onnx").write_bytes(onnx)
-        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, new/"model.safetensors")
+        (new/"model.safetensors").write_bytes(save({name: np.ascontiguousarray(t) for name, t in tensors.items()}))
         files = {name: sha256(new/name) for name in ("model.onnx", "model.safetensors")}
         text = json.dumps({"format": FORMAT, **card, "files": files}, indent=2, ensure_ascii=False)
         (new/"card.json").write_text(text + "\n", encoding="utf-8")

@@ -56,14 +56,22 @@ def calibrate(
         for tensor in learn.model[1][-1].parameters(): tensor /= temperature
     return temperature, metrics
 
-# %% ../../nbs/06_train/10_publish.ipynb #8e00efba
+# %% ../../nbs/06_train/10_publish.ipynb #469dcfc1
+def _without_traces(proto):
+    "An ONNX model without torch's notes on where each node comes from: they name files of this machine."
+    for entry in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    return proto
+
+
 def _onnx_bytes(model, images):
     "The network as ONNX, for any number of pictures."
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(model, (images[:2],), dynamo=True, input_names=["images"], output_names=["logits"],
                                     dynamic_shapes=({0: torch.export.Dim("n")},), external_data=False, verbose=False)
-    return program.model_proto.SerializeToString()
+    return _without_traces(program.model_proto).SerializeToString()
 
 
 def _export_onnx(model, size):
