@@ -41,10 +41,11 @@ def name_weights(
     if weights in (None, "imagenet"): return weights
     return sha256(Path(weights)/"model.safetensors" if Path(weights).is_dir() else weights)
 
-# %% ../../nbs/08_search/02_features.ipynb #d1e369bd
+# %% ../../nbs/08_search/02_features.ipynb #bae93620
 def _feature_key(config, rows):
     "A name for features that changes with everything that they depend on."
-    known = {**config, "weights": name_weights(config["weights"]), "timm": timm.__version__, "torchvision": torchvision.__version__}
+    libraries = {"timm": timm.__version__, "torchvision": torchvision.__version__}
+    known = config | {"weights": name_weights(config["weights"])} | libraries
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for r in rows.itertuples():
         stat = r.path.stat()
@@ -76,7 +77,7 @@ def _write_features(folder, net, dls, rows):
         np.save(folder/f"{part}.npy", _features(net, dls.test_dl(list(own.path), bs=64), views, part))
         np.save(folder/f"{part}_labels.npy", np.array([index[int(c)] for c in own["count"]]))
 
-# %% ../../nbs/08_search/02_features.ipynb #4acb1c20
+# %% ../../nbs/08_search/02_features.ipynb #9198b858
 def cache_features(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
@@ -90,7 +91,7 @@ def cache_features(
     workers:int|None=None, # processes that decode pictures
     device=None, # a torch device; None for CUDA if available
 )->Path: # folder with train.npy (2 × n × d: as it is, mirrored), valid.npy (1 × n × d) and their labels
-    "The features of all training and validation pictures, computed once and kept on disk. Raises the errors of `bin_learner`."
+    "The features of training and validation pictures, computed once and kept. Raises the errors of `bin_learner`."
     mean, std = normalisation(arch, weights, mean, std)
     rows = manifest_images(data, manifest)
     rows = rows[rows.part.isin(["train", "valid"])]
@@ -105,7 +106,7 @@ def cache_features(
         (unfinished/"about.json").write_text(json.dumps(config, default=str))
     return kept
 
-# %% ../../nbs/08_search/02_features.ipynb #c592f635
+# %% ../../nbs/08_search/02_features.ipynb #c10eb826
 class FeatureLoader(DataLoader):
     "Batches of cached features; in training each picture is mirrored or not, at random."
 
@@ -115,7 +116,8 @@ class FeatureLoader(DataLoader):
 
     def create_batch(self, b):
         rows = torch.as_tensor(list(b))
-        view = torch.randint(len(self.features), (len(rows),)) if self.mirror else torch.zeros(len(rows), dtype=torch.long)
+        views = len(self.features) if self.mirror else 1
+        view = torch.randint(views, (len(rows),)) if views > 1 else torch.zeros(len(rows), dtype=torch.long)
         return self.features[view, rows], self.labels[rows]
 
     def retain(self, res, b): return res
@@ -127,7 +129,7 @@ def _load_features(folder, device):
     names = ("train", "train_labels", "valid", "valid_labels")
     return tuple(torch.from_numpy(np.load(Path(folder)/f"{name}.npy")).to(device) for name in names)
 
-# %% ../../nbs/08_search/02_features.ipynb #fa8c9c0c
+# %% ../../nbs/08_search/02_features.ipynb #4166d23a
 def head_learner(
     features:str|os.PathLike, # a folder from cache_features
     counts:list, # the counts that the classes stand for
@@ -143,7 +145,8 @@ def head_learner(
     head = near_zero_head(add_head(nn.Identity(), x.shape[-1], len(counts), pool=False, ps=dropout))[1]
     train = FeatureLoader(x, y, mirror, bs=batch_size, shuffle=True, drop_last=len(y) > batch_size)
     dls = DataLoaders(train, FeatureLoader(xv, yv, bs=1024), device=device)
-    learn = Learner(dls, head.to(device), loss_func=CrossEntropyLossFlat(), metrics=[accuracy, mae(list(counts))], wd=weight_decay)
+    metrics = [accuracy, mae(list(counts))]
+    learn = Learner(dls, head.to(device), loss_func=CrossEntropyLossFlat(), metrics=metrics, wd=weight_decay)
     learn.weights = None
     return learn
 

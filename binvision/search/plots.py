@@ -25,7 +25,7 @@ def _study_axes(study, title, x):
     ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
-# %% ../../nbs/08_search/04_plots.ipynb #8dad5566
+# %% ../../nbs/08_search/04_plots.ipynb #304f71eb
 def plot_trials(
     study:optuna.Study, # from load_study
 )->Figure:
@@ -34,7 +34,8 @@ def plot_trials(
     numbers, values = np.array([t.number for t in done]), np.array([t.value for t in done])
     ax = _study_axes(study, "Trials in the order they were drawn", "trial")
     ax.plot(numbers, values, "o", color=MAIN, alpha=.7, label="completed")
-    ax.plot(numbers, better * np.maximum.accumulate(better * values), color=ACCENT, drawstyle="steps-post", label="best so far")
+    best = better * np.maximum.accumulate(better * values)
+    ax.plot(numbers, best, color=ACCENT, drawstyle="steps-post", label="best so far")
     pruned = [t for t in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)) if t.intermediate_values]
     last = [t.intermediate_values[t.last_step] for t in pruned]
     if pruned: ax.plot([t.number for t in pruned], last, "x", color=GREY, label="pruned, at its last epoch")
@@ -66,22 +67,23 @@ def _axis(values):
     at = {v: n / max(1, len(names) - 1) for n, v in enumerate(names)}
     return np.array([at[v] for v in values]), [(at[v], str(v)) for v in names]
 
-# %% ../../nbs/08_search/04_plots.ipynb #5203b5d9
+# %% ../../nbs/08_search/04_plots.ipynb #2b5e7902
 def _draw_axes(ax, names, labels):
     "Vertical axes side by side, with their names and labels."
+    box = {"color": "white", "alpha": .7, "pad": .5}
+    look = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": box}
     for x, pairs in enumerate(labels):
         ax.axvline(x, color="black", lw=.8)
-        for y, text in pairs:
-            ax.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8, bbox={"color": "white", "alpha": .7, "pad": .5})
+        for y, text in pairs: ax.annotate(text, (x, y), (4, 0), **look)
     ax.set(ylim=(-.06, 1.06), xlim=(-.2, len(names) - .5), yticks=[])
     ax.set_xticks(range(len(names)), names)
     ax.spines[:].set_visible(False)
 
-# %% ../../nbs/08_search/04_plots.ipynb #f385e9e9
+# %% ../../nbs/08_search/04_plots.ipynb #67824942
 def plot_parallel(
     study:optuna.Study, # from load_study
 )->Figure:
-    "One line for each completed trial through its values, the best tenth in colour. Raises `UsageError` if no trial is complete."
+    "A line through the values of each completed trial, the best in colour. Raises `UsageError` if there is none."
     best = best_trial(study)
     done = sorted(completed(study), key=lambda t: (t.number == best.number, sign(study) * t.value))
     names = [n for n in best.params if all(n in t.params for t in done)]
@@ -93,13 +95,14 @@ def plot_parallel(
     _draw_axes(ax, [study.user_attrs.get("metric", "value"), *names], [labels for _, labels in axes])
     return ax.figure
 
-# %% ../../nbs/08_search/04_plots.ipynb #b15dc26b
+# %% ../../nbs/08_search/04_plots.ipynb #1b1d6e05
 def plot_importances(
     study:optuna.Study, # from load_study, with four completed trials or more
 )->Figure:
-    "The share of the variance that each setting explains (fANOVA: Hutter et al., 2014). Raises `UsageError` for too few trials."
+    "The share of the variance that a setting explains (fANOVA: Hutter et al., 2014). Raises `UsageError` for under 4 trials."
     completed(study, 4)
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+    fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(study, evaluator=fanova)
     ax = new_axes(title="Which settings mattered", x="share of the variance", size=(6, .7 + .4 * len(found)))
     ax.barh(list(found)[::-1], list(found.values())[::-1], color=MAIN)
     ax.set_xlim(0, 1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #94e80ff7
+# %% ../../nbs/08_search/07_search.ipynb #60e87713
 import contextlib
 import io
 import json
@@ -21,7 +21,7 @@ import torchvision
 import yaml
 
 from ..ground.core import UsageError, atomic_write, set_seed, sha256
-from ..ground.machine import versions
+from ..ground.machine import PACKAGES, versions
 from ..ground.settings import takes
 from ..split.manifest import manifest_images
 from ..train.learner import suggest_lr
@@ -36,7 +36,7 @@ from .study import best_trial, count_trials, hide_password, quiet, trials_table
 from .trial import Job, full_learner, make_job, open_study, trial_learner
 from .workers import run_workers
 
-# %% ../../nbs/08_search/07_search.ipynb #0ee2735a
+# %% ../../nbs/08_search/07_search.ipynb #3467ae36
 def _check_names(job):
     "Raise `UsageError` for architectures, losses and weights that a search cannot use."
     for arch in job.choices("arch"):
@@ -44,14 +44,15 @@ def _check_names(job):
             raise UsageError(f"arch {arch!r}: neither torchvision nor timm knows it",
                              "torchvision.models.list_models() and timm.list_models() give the names")
     if job.search.metric == "valid_loss" and len(job.choices("loss")) > 1:
-        raise UsageError("metric valid_loss: different losses cannot be compared", "search for accuracy or mae, or fix the loss")
+        raise UsageError("metric valid_loss: different losses cannot be compared",
+                         "search for accuracy or mae, or fix the loss")
     weights = job.fixed["weights"]
     if job.search.frozen and weights is None:
         raise UsageError("a frozen search without weights: random features teach nothing", "pass weights")
     if weights not in (None, "imagenet") and not Path(weights).exists():
         raise UsageError(f"{weights}: no such file", "check the path of the weights")
 
-# %% ../../nbs/08_search/07_search.ipynb #ca92b5ea
+# %% ../../nbs/08_search/07_search.ipynb #a1107448
 _OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
@@ -60,21 +61,26 @@ def _check_places(job):
     "Raise `UsageError` for a manifest with too few bins, or a run folder that holds anything else."
     parts = manifest_images(job.data, job.manifest).part.value_counts()
     for part in ("train", "valid"):
-        if parts.get(part, 0) >= 2: continue
-        raise UsageError(f"{job.manifest}: {parts.get(part, 0)} bins in its {part} part", "split with larger fractions or more data")
+        if (n := parts.get(part, 0)) < 2:
+            raise UsageError(f"{job.manifest}: {n} bins in its {part} part", "split with larger fractions or more data")
     out = Path(job.out)
     found = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.is_dir() else set()
     other = sorted(found - _OWN - {"study.db-journal"})
     if not other and found and "space.yaml" not in found: other = sorted(found)
-    if other: raise UsageError(f"{job.out}: is not empty and holds no search, but {', '.join(other[:3])}", "choose another out")
+    if not other: return
+    raise UsageError(f"{job.out}: is not empty and holds no search, but {', '.join(other[:3])}", "choose another out")
 
-# %% ../../nbs/08_search/07_search.ipynb #298f3509
+# %% ../../nbs/08_search/07_search.ipynb #8d421a3a
 def _about(job):
     "What has to be the same for two trials to be comparable; fit for JSON."
     fixed = {name: value for name, value in job.fixed.items() if name not in ("device", "cache")}
-    about = {"space": job.search.space, "metric": job.search.metric, "frozen": job.search.frozen, "manifest_sha256": sha256(job.manifest),
-             "options": fixed | {"weights": name_weights(job.fixed["weights"])}}
+    fixed["weights"] = name_weights(fixed["weights"])
+    about = {"space": job.search.space, "metric": job.search.metric, "frozen": job.search.frozen,
+             "manifest_sha256": sha256(job.manifest), "options": fixed}
     return json.loads(json.dumps(about))
+
+
+def _different(new, old): return [name for name in new if old.get(name) != new[name]]
 
 
 def _claim(study, job):
@@ -84,12 +90,12 @@ def _claim(study, job):
         study.set_user_attr("about", about)
         study.set_user_attr("metric", job.search.metric)
     elif known != about:
-        other = [name for name in about if known.get(name) != about[name]]
-        if other == ["options"]: other = [name for name in about["options"] if known["options"].get(name) != about["options"][name]]
+        other = _different(about, known)
+        if other == ["options"]: other = _different(about["options"], known["options"])
         raise UsageError(f"{job.out}: its study is about something else (different: {', '.join(other)})",
                          "choose another out (and with a storage another study)")
 
-# %% ../../nbs/08_search/07_search.ipynb #7d60360d
+# %% ../../nbs/08_search/07_search.ipynb #3adb6750
 def _write_json(path, content):
     "Write a JSON file."
     with atomic_write(path, "w") as file: json.dump(content, file, indent=2, default=str)
@@ -100,7 +106,7 @@ def _write_settings(job):
     with atomic_write(Path(job.out)/"space.yaml", "w") as file: yaml.safe_dump(job.search.space, file, sort_keys=False)
     settings = asdict(job.search) | {"storage": hide_password(job.search.storage), "options": job.fixed}
     places = {"data": job.data, "manifest": job.manifest, "out": job.out}
-    _write_json(Path(job.out)/"config.json", places | settings | {"versions": versions() | {"optuna": optuna.__version__}})
+    _write_json(Path(job.out)/"config.json", places | settings | {"versions": versions(*PACKAGES, "optuna")})
 
 # %% ../../nbs/08_search/07_search.ipynb #8d7653fe
 def _find_rates(study, job):
@@ -133,14 +139,15 @@ def _write_table(study, job):
         print(f"{len(failed)} of {n} trials failed; {path} has the reasons", file=sys.stderr, flush=True)
     return table
 
-# %% ../../nbs/08_search/07_search.ipynb #b638d427
+# %% ../../nbs/08_search/07_search.ipynb #bc31232b
 def _write_best(study, job, table):
     "Write best.json; weights and device are those of this machine, even if another one found the configuration."
-    best = best_trial(study)
-    here = {name: job.fixed[name] for name in ("weights", "device")}
-    config = {name: value for name, value in best.user_attrs["config"].items() if name != "cache"} | json.loads(json.dumps(here, default=str))
-    note = {"trial": best.number, "metric": job.search.metric, "value": best.value, "kept": best.user_attrs["kept"], "frozen": job.search.frozen,
-            "trials": int((table.state != "released").sum()), "manifest_sha256": study.user_attrs["about"]["manifest_sha256"], "config": config}
+    best, about = best_trial(study), study.user_attrs["about"]
+    config = best.user_attrs["config"] | {name: job.fixed[name] for name in ("weights", "device")}
+    config = json.loads(json.dumps({name: value for name, value in config.items() if name != "cache"}, default=str))
+    note = {"trial": best.number, "metric": job.search.metric, "value": best.value, "kept": best.user_attrs["kept"],
+            "frozen": job.search.frozen, "trials": int((table.state != "released").sum()),
+            "manifest_sha256": about["manifest_sha256"], "config": config}
     _write_json(Path(job.out)/"best.json", note)
     return note
 
@@ -150,7 +157,8 @@ def _write_pictures(study, job, table):
     pictures = {"history": plot_trials, "parallel": plot_parallel, "curves": plot_curves}
     if (table.state == "complete").sum() >= 4 and table.value.nunique() > 1: pictures["importances"] = plot_importances
     for name, draw in pictures.items():
-        with quiet(), atomic_write(Path(job.out)/f"{name}.png") as file: draw(study).savefig(file, format="png", dpi=110)
+        with quiet(), atomic_write(Path(job.out)/f"{name}.png") as file:
+            draw(study).savefig(file, format="png", dpi=110)
 
 # %% ../../nbs/08_search/07_search.ipynb #80cb084d
 def _head_model(job, config, note):
@@ -174,7 +182,7 @@ def _report(study, job):
           f"(an optimistic figure: it is the best of {note['trials']})", flush=True)
     if job.search.frozen: print(f"model: {_head_model(job, note['config'], note)}", flush=True)
 
-# %% ../../nbs/08_search/07_search.ipynb #89bdd84b
+# %% ../../nbs/08_search/07_search.ipynb #d2488163
 @takes(SearchSettings)
 def search(
     data:str|os.PathLike, # the data set folder
@@ -182,7 +190,7 @@ def search(
     out:str|os.PathLike="runs/search", # the run folder; a search that was stopped there resumes
     **kwargs, # fields of SearchSettings; any setting of TrainSettings (or HeadSettings) that is given stays fixed
 )->Path: # the run folder
-    "Search the settings that train best; called again, it resumes. Raises `UsageError` for settings, data or storage that cannot be used."
+    "Search the settings that train best; called again, it resumes. Raises `UsageError` for what cannot be used."
     job = make_job(data, manifest, out, kwargs)
     _check_names(job)
     _check_places(job)
@@ -197,7 +205,7 @@ def search(
     _report(study, job)
     return Path(out)
 
-# %% ../../nbs/08_search/07_search.ipynb #62c4008c
+# %% ../../nbs/08_search/07_search.ipynb #b64587e8
 def _run(study, job):
     "Run the workers; after Ctrl-C say what is kept."
     with quiet(): ended = count_trials(study)[0]
@@ -205,17 +213,18 @@ def _run(study, job):
     if ended: print(f"{job.out}: resumes after {min(ended, n)} of {n} trials", flush=True)
     try: run_workers(job)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{count_trials(study)[0]} of {n} trials are kept in {job.out}; the same command resumes it") from None
+        ended = count_trials(study)[0]
+        raise KeyboardInterrupt(f"{ended} of {n} trials are kept in {job.out}; the same command resumes it") from None
 
-# %% ../../nbs/08_search/07_search.ipynb #58c0fe96
+# %% ../../nbs/08_search/07_search.ipynb #e08dc1a2
 def read_best(
     folder:str|os.PathLike, # the run folder of a search
 )->dict: # settings of train
     "The best configuration of a search. Raises `UsageError` for a folder without one."
     try: note = json.loads((Path(folder)/"best.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UsageError(f"{folder}: holds no best.json", "pass the run folder of a finished search: binvision search") from e
+        raise UsageError(f"{folder}: holds no best.json", "pass the run folder of a finished binvision search") from e
     config = note["config"]
-    if note["frozen"]: config = {name: value for name, value in config.items() if name != "epochs"} | {"frozen_epochs": config["epochs"]}
+    if note["frozen"]: config["frozen_epochs"] = config.pop("epochs")
     known = {f.name for f in fields(TrainSettings)} - {"device"}
     return {name: value for name, value in config.items() if name in known}

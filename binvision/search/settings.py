@@ -17,7 +17,7 @@ from ..ground.core import UsageError
 from ..ground.settings import checked
 from ..train.settings import SEARCHABLE, AtLeastOne, Positive, TrainSettings
 
-# %% ../../nbs/08_search/00_settings.ipynb #087869f9
+# %% ../../nbs/08_search/00_settings.ipynb #5feb5e7a
 @dataclass
 class SearchSettings:
     "How a search is run; what it tries is its space."
@@ -30,9 +30,9 @@ class SearchSettings:
     storage:str|None=None # URL of a database that several machines share; None for SQLite in the run folder
     study:str|None=None # name of the study in the database; None for the name of the run folder
     workers:AtLeastOne=1 # processes, each with one trial at a time
-    loaders:Annotated[int, Field(ge=0)]|None=None # processes that decode pictures, for each trial; None shares out the cores
+    loaders:Annotated[int, Field(ge=0)]|None=None # processes that decode pictures, a trial; None shares out the cores
     seed:Annotated[int, Field(ge=0, lt=2**63)]=0 # of what is drawn, and of every training
-    heartbeat:AtLeastOne=20 # seconds between signs of life; a trial that is silent for three times as long is given to another process
+    heartbeat:AtLeastOne=20 # seconds between signs of life; after three without one, a trial goes to another process
 
 # %% ../../nbs/08_search/00_settings.ipynb #f2c8c033
 @dataclass
@@ -46,9 +46,9 @@ class HeadSettings:
     mirror:bool=True # train on mirrored pictures too
     epochs:AtLeastOne=10 # epochs of a head
 
-# %% ../../nbs/08_search/00_settings.ipynb #972294a1
-HEAD_SEARCHABLE = ("lr", "batch_size", "weight_decay", "dropout", "mirror") # the settings of a head that a search may vary
-BACKBONE = ("arch", "weights", "size", "resize", "mean", "std", "seed", "device") # the settings of a training that its features depend on
+# %% ../../nbs/08_search/00_settings.ipynb #1b42c277
+HEAD_SEARCHABLE = ("lr", "batch_size", "weight_decay", "dropout", "mirror") # what a search may vary of a head
+BACKBONE = ("arch", "weights", "size", "resize", "mean", "std", "seed", "device") # what features depend on
 
 # %% ../../nbs/08_search/00_settings.ipynb #aa14dd09
 def fixed_names(
@@ -58,7 +58,7 @@ def fixed_names(
     if frozen: return (*BACKBONE, *(f.name for f in fields(HeadSettings)))
     return tuple(f.name for f in fields(TrainSettings) if f.name not in ("workers", "compile"))
 
-# %% ../../nbs/08_search/00_settings.ipynb #026b95aa
+# %% ../../nbs/08_search/00_settings.ipynb #80e8d0e7
 def unknown_name(
     name:str, # what was written
     known, # the names that would have been right
@@ -67,13 +67,14 @@ def unknown_name(
 )->UsageError: # to be raised
     "An error that suggests the nearest known name."
     near = difflib.get_close_matches(str(name), known, 1)
-    return UsageError(f"{where}{name}: {what}", f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}")
+    hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}"
+    return UsageError(f"{where}{name}: {what}", hint)
 
-# %% ../../nbs/08_search/00_settings.ipynb #4768bb62
+# %% ../../nbs/08_search/00_settings.ipynb #e8c86499
 def split_settings(
     given:dict, # name → value: settings of the search and of its trainings, together
 )->tuple[SearchSettings, dict]: # the settings of the search; and name → value of those that stay fixed in training
-    "Separate settings of a search from those of its trainings. Raises `UsageError` for unknown names and impossible values."
+    "Separate settings of a search from those of training. Raises `UsageError` for unknown names and impossible values."
     own = [f.name for f in fields(SearchSettings)]
     settings = checked(SearchSettings, {name: value for name, value in given.items() if name in own})
     known = dict.fromkeys((*own, *fixed_names(settings.frozen)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'FROZEN_SPACE', 'Number', 'searchable', 'Range', 'Around', 'read_space', 'suggest', 'typical']
 
-# %% ../../nbs/08_search/01_space.ipynb #e5d91a24
+# %% ../../nbs/08_search/01_space.ipynb #acc51c23
 import math
 import os
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Annotated, Generic, Literal, TypeVar, Union, get_args, get_or
 
 import yaml
 from fastcore.docments import docments
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import model_validator
 
 from ..ground.core import UsageError
 from ..train.settings import SEARCHABLE, TrainSettings
@@ -105,7 +106,7 @@ def _entry_type(name, entry, kind):
     if not isinstance(entry, dict): return kind
     return Around if name == "lr" and "around" in entry else Range[kind]
 
-# %% ../../nbs/08_search/01_space.ipynb #bfd711c2
+# %% ../../nbs/08_search/01_space.ipynb #f3d7ee86
 def _hint(entry, kind, comment):
     "What to do about an error of a kind in an entry."
     if not isinstance(entry, dict) or kind not in ("missing", "extra_forbidden", "value_error"): return comment
@@ -119,15 +120,17 @@ def _complaint(name, entry, error, where, comment):
     place = ", ".join([str(name), *(str(part) for part in first["loc"] if isinstance(part, str))])
     value = "" if isinstance(first["input"], (dict, list, tuple, BaseModel)) else f" {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
-    return UsageError(f"{where}: {place}{value}: {message[0].lower()}{message[1:]}", _hint(entry, first["type"], comment))
+    hint = _hint(entry, first["type"], comment)
+    return UsageError(f"{where}: {place}{value}: {message[0].lower()}{message[1:]}", hint)
 
-# %% ../../nbs/08_search/01_space.ipynb #262b95b9
+# %% ../../nbs/08_search/01_space.ipynb #2b456692
 def _read_entry(name, entry, kind, where, comment):
     "One checked entry, as plain values."
     if isinstance(entry, dict) and not _is_number(kind):
         raise UsageError(f"{where}: {name}: has no range", "write a list of choices, such as [a, b]")
     if isinstance(entry, dict) and "around" in entry and name != "lr":
-        raise UsageError(f"{where}: {name}: lr_find suggests nothing for it", "only lr can be {around: lr_find, factor: 10}")
+        raise UsageError(f"{where}: {name}: lr_find suggests nothing for it",
+                         "only lr can be {around: lr_find, factor: 10}")
     try: found = TypeAdapter(_entry_type(name, entry, kind)).validate_python(entry)
     except ValidationError as e: raise _complaint(name, entry, e, where, comment) from None
     if isinstance(found, BaseModel): return found.model_dump()
@@ -135,19 +138,24 @@ def _read_entry(name, entry, kind, where, comment):
     values = list(dict.fromkeys(found))
     return {"choices": values} if len(values) > 1 else values[0]
 
-# %% ../../nbs/08_search/01_space.ipynb #16dd7451
+# %% ../../nbs/08_search/01_space.ipynb #c8444174
+_EXAMPLE = "write one line for each name, such as batch_size: [16, 32]"
+
+
 def _read_yaml(path):
     "What a YAML file holds."
     try: return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e: raise UsageError(f"{path}: no such file", "binvision search --show-space prints one to edit") from e
-    except (OSError, UnicodeDecodeError) as e: raise UsageError(f"{path}: cannot be read ({e})", "pass a YAML file") from e
+    except FileNotFoundError as e:
+        raise UsageError(f"{path}: no such file", "binvision search --show-space prints one to edit") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path}: cannot be read ({e})", "pass a YAML file") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(e, "problem", None) or e
-        raise UsageError(f"{path}{line}: not YAML ({problem})", "write one line for each name, such as batch_size: [16, 32]") from e
+        raise UsageError(f"{path}{line}: not YAML ({problem})", _EXAMPLE) from e
 
-# %% ../../nbs/08_search/01_space.ipynb #f173e679
+# %% ../../nbs/08_search/01_space.ipynb #6fd43b09
 def read_space(
     source=None, # a YAML file or a dict; None for the default
     frozen:bool=False, # for a search of heads on a frozen backbone
@@ -157,13 +165,14 @@ def read_space(
     where = str(source) if isinstance(source, (str, os.PathLike)) else "space"
     space = default if source is None else source if isinstance(source, dict) else _read_yaml(source)
     if not isinstance(space, dict) or not space:
-        raise UsageError(f"{where}: holds no names", f"write one line for each name, such as batch_size: [16, 32]; the names are {', '.join(known)}")
+        raise UsageError(f"{where}: holds no names", f"{_EXAMPLE}; the names are {', '.join(known)}")
     for name in space:
         if name not in known: raise unknown_name(name, known, f"{where}: ", "not a setting that can be searched")
     comments = docments(HeadSettings if frozen else TrainSettings)
     found = {name: _read_entry(name, entry, known[name], where, comments[name]) for name, entry in space.items()}
     if any(isinstance(entry, dict) for entry in found.values()): return found
-    raise UsageError(f"{where}: every name has one value, so there is nothing to search", "give at least one name a list or a range")
+    raise UsageError(f"{where}: every name has one value, so there is nothing to search",
+                     "give at least one name a list or a range")
 
 # %% ../../nbs/08_search/01_space.ipynb #bdfe1279
 def _draw(trial, name, entry):
@@ -173,7 +182,7 @@ def _draw(trial, name, entry):
     if isinstance(low, int): return trial.suggest_int(name, low, high, step=step or 1, log=log)
     return trial.suggest_float(name, low, high, step=step, log=log)
 
-# %% ../../nbs/08_search/01_space.ipynb #e29c5e12
+# %% ../../nbs/08_search/01_space.ipynb #fb619442
 def suggest(
     trial, # an Optuna trial
     space:dict, # from read_space
@@ -182,11 +191,11 @@ def suggest(
     config = {}
     for name, entry in space.items():
         if not isinstance(entry, dict): config[name] = entry
-        elif "around" in entry: config["lr_factor"] = trial.suggest_float("lr_factor", 1 / entry["factor"], entry["factor"], log=True)
-        else: config[name] = _draw(trial, name, entry)
+        elif "around" not in entry: config[name] = _draw(trial, name, entry)
+        else: config["lr_factor"] = trial.suggest_float("lr_factor", 1 / entry["factor"], entry["factor"], log=True)
     return config
 
-# %% ../../nbs/08_search/01_space.ipynb #256608fc
+# %% ../../nbs/08_search/01_space.ipynb #c6897f82
 def _middle(entry):
     "The value in the middle of an entry."
     if not isinstance(entry, dict): return entry
@@ -199,4 +208,5 @@ def typical(
     space:dict, # from read_space
 )->dict: # name → value; without a learning rate around lr_find's suggestion
     "A configuration from the middle of a space."
-    return {name: _middle(entry) for name, entry in space.items() if not (isinstance(entry, dict) and "around" in entry)}
+    drawn = {name: entry for name, entry in space.items() if not (isinstance(entry, dict) and "around" in entry)}
+    return {name: _middle(entry) for name, entry in drawn.items()}

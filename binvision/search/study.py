@@ -43,13 +43,13 @@ def hide_password(
     try: return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError: return "storage"
 
-# %% ../../nbs/08_search/03_study.ipynb #6ff8e887
+# %% ../../nbs/08_search/03_study.ipynb #df2a0cab
 def _connect(parts, heartbeat):
     "Optuna's storage at a parsed URL; a trial whose process died three times has failed."
     local = parts.get_backend_name() == "sqlite"
-    wait = {"timeout": 60} if local else {"connect_timeout": 10}
+    engine = {"connect_args": {"timeout": 60} if local else {"connect_timeout": 10}, "pool_pre_ping": not local}
     with quiet():
-        return RDBStorage(parts.render_as_string(hide_password=False), {"connect_args": wait, "pool_pre_ping": not local},
+        return RDBStorage(parts.render_as_string(hide_password=False), engine,
                           heartbeat_interval=heartbeat, grace_period=3 * heartbeat,
                           heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2))
 
@@ -63,7 +63,7 @@ def _connect_patiently(parts, heartbeat):
             time.sleep(.2)
     return _connect(parts, heartbeat)
 
-# %% ../../nbs/08_search/03_study.ipynb #6c274a9f
+# %% ../../nbs/08_search/03_study.ipynb #926da547
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
@@ -75,13 +75,14 @@ def _storage_errors(shown):
         raise UsageError(f"{shown}: no driver for this kind of database",
                          'pip install "psycopg[binary]" for PostgreSQL, pymysql for MySQL') from e
     except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError) as e:
-        raise UsageError(f"{shown}: not the URL of a database", "pass for example postgresql://user@host/name, or omit --storage") from e
+        raise UsageError(f"{shown}: not the URL of a database",
+                         "pass for example postgresql://user@host/name, or omit --storage") from e
     except (sqlalchemy.exc.SQLAlchemyError, OptunaError, RuntimeError, OSError) as e:
         reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:160]
         raise UsageError(f"{shown}: the database cannot be used ({reason})",
                          "check the address, that the server runs, and that the user may write there") from e
 
-# %% ../../nbs/08_search/03_study.ipynb #73d81cd0
+# %% ../../nbs/08_search/03_study.ipynb #67db196e
 def open_storage(
     url:str, # such as sqlite:///study.db or postgresql://user@host/name
     heartbeat:int=20, # seconds between two signs of life of a trial
@@ -90,7 +91,8 @@ def open_storage(
     with _storage_errors(hide_password(url)):
         parts = sqlalchemy.engine.make_url(url)
         parts = parts.set(drivername=_DRIVERS.get(parts.drivername, parts.drivername))
-        if parts.get_backend_name() == "sqlite" and parts.database: Path(parts.database).parent.mkdir(parents=True, exist_ok=True)
+        if parts.get_backend_name() == "sqlite" and parts.database:
+            Path(parts.database).parent.mkdir(parents=True, exist_ok=True)
         return _connect_patiently(parts, heartbeat)
 
 # %% ../../nbs/08_search/03_study.ipynb #5303529f
@@ -124,13 +126,14 @@ def count_trials(
     counted = [t for t in trials if t.number not in gone]
     return sum(t.state.is_finished() for t in counted), sum(t.state == TrialState.RUNNING for t in counted)
 
-# %% ../../nbs/08_search/03_study.ipynb #b8730cd7
+# %% ../../nbs/08_search/03_study.ipynb #863045b9
 def _row(t, gone, names):
     "A trial as a row of the table."
     state = "released" if t.number in gone else {"FAIL": "failed"}.get(t.state.name, t.state.name.lower())
     killed = state == "failed" and "error" not in t.user_attrs
     note = t.user_attrs if t.user_attrs.get("started") == t.number else {}
-    row = {"trial": t.number, "state": state, "value": t.value if state == "complete" else None, **{n: t.params.get(n) for n in names}}
+    row = {"trial": t.number, "state": state, "value": t.value if state == "complete" else None}
+    row |= {n: t.params.get(n) for n in names}
     if "lr" not in names: row["lr"] = note.get("config", {}).get("lr")
     row |= {n: note.get("kept", {}).get(n) for n in ("valid_loss", "accuracy", "mae")}
     reason = note.get("error") or note.get("reason") or ("its process was killed each time" if killed else None)
@@ -145,7 +148,7 @@ def trials_table(
     gone, names = released(trials), sorted({n for t in trials for n in t.params})
     return pd.DataFrame([_row(t, gone, names) for t in trials])
 
-# %% ../../nbs/08_search/03_study.ipynb #f3d8bb98
+# %% ../../nbs/08_search/03_study.ipynb #0608fe39
 def sign(
     study:optuna.Study,
 )->int: # 1 if higher values are better, else -1
@@ -160,7 +163,8 @@ def completed(
     "The completed trials of a study. Raises `UsageError` if there are too few."
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) >= at_least: return done
-    raise UsageError(f"{study.study_name}: {len(done)} completed trials are too few for that", f"continue to {at_least} or more")
+    raise UsageError(f"{study.study_name}: {len(done)} completed trials are too few for that",
+                     f"search on, to {at_least} or more")
 
 # %% ../../nbs/08_search/03_study.ipynb #0559a187
 def best_trial(
@@ -169,15 +173,17 @@ def best_trial(
     "The best completed trial; of equal ones that with the lower validation loss. Raises `UsageError` if there is none."
     return max(completed(study), key=lambda t: (sign(study) * t.value, -t.user_attrs["kept"]["valid_loss"], -t.number))
 
-# %% ../../nbs/08_search/03_study.ipynb #4abcb9d2
+# %% ../../nbs/08_search/03_study.ipynb #c37e8876
 def load_study(
     folder:str|os.PathLike, # the run folder of a search
     storage:str|None=None, # URL of the database, if search was given one
 )->optuna.Study:
     "The Optuna study of a search. Raises `UsageError` if the folder holds none, or if its database cannot be used."
     try: config = json.loads((Path(folder)/"config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise UsageError(f"{folder}: holds no search", "pass the folder that binvision search wrote") from e
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{folder}: holds no search", "pass the folder that binvision search wrote") from e
     if storage is None and not (Path(folder)/"study.db").exists():
-        raise UsageError(f"{folder}: its study is in {config.get('storage')}", "pass that as storage, with its password")
+        where = config.get("storage")
+        raise UsageError(f"{folder}: its study is in {where}", "pass that as storage, with its password")
     url = storage or f"sqlite:///{Path(folder)}/study.db"
     with quiet(): return optuna.load_study(study_name=config["study"], storage=open_storage(url))

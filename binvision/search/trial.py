@@ -46,7 +46,7 @@ class Job:
     fixed:dict # settings of training: what they are where the space does not vary them
     features:str|None=None # folder of the cached features, in a frozen search
 
-# %% ../../nbs/08_search/05_trial.ipynb #6282e4c1
+# %% ../../nbs/08_search/05_trial.ipynb #828e7033
 def make_job(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # a manifest that split wrote
@@ -56,8 +56,9 @@ def make_job(
     "Read and check all settings of a search. Raises `UsageError` for those that are unknown or impossible."
     search, fixed = split_settings(given)
     space = {name: entry for name, entry in read_space(search.space, search.frozen).items() if name not in fixed}
-    search = replace(search, space=space, storage=search.storage or f"sqlite:///{out}/study.db", study=search.study or Path(out).resolve().name,
-                     loaders=min(16, cores() // search.workers) if search.loaders is None else search.loaders)
+    storage, study = search.storage or f"sqlite:///{out}/study.db", search.study or Path(out).resolve().name
+    loaders = min(16, cores() // search.workers) if search.loaders is None else search.loaders
+    search = replace(search, space=space, storage=storage, study=study, loaders=loaders)
     if not search.frozen: fixed = {"cache": str(Path(out)/"cache")} | fixed
     return Job(str(data), str(manifest), str(out), search, fixed_settings(fixed | {"seed": search.seed}, search.frozen))
 
@@ -101,14 +102,14 @@ def make_pruner(
     if name == "hyperband": return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=longest)
     return optuna.pruners.NopPruner()
 
-# %% ../../nbs/08_search/05_trial.ipynb #ea1750ab
-METRICS = {"accuracy": "maximize", "mae": "minimize", "valid_loss": "minimize"} # what can be searched for, and in which direction
+# %% ../../nbs/08_search/05_trial.ipynb #842ce2cf
+METRICS = {"accuracy": "maximize", "mae": "minimize", "valid_loss": "minimize"} # what can be searched for
 
 
 def open_study(
     job:Job,
 )->tuple[RDBStorage, optuna.Study]:
-    "The storage and the study of a job, made where they do not exist. Raises `UsageError` for a database that cannot be used."
+    "The storage and the study of a job, made if they do not exist. Raises `UsageError` for an unusable database."
     search = job.search
     storage = open_storage(search.storage, search.heartbeat)
     return storage, optuna.create_study(storage=storage, study_name=search.study, direction=METRICS[search.metric],
@@ -133,7 +134,7 @@ class ReportEpoch(Callback):
     ):
         self.trial, self.metric, self.epochs, self.longest, self.rows = trial, metric, epochs, longest, []
 
-# %% ../../nbs/08_search/05_trial.ipynb #f8a64bd1
+# %% ../../nbs/08_search/05_trial.ipynb #9baeb14e
 @patch
 def _end(self:ReportEpoch, reason):
     self.trial.set_user_attr("reason", reason)
@@ -147,7 +148,8 @@ def after_epoch(self:ReportEpoch):
     self.rows.append(row)
     if not math.isfinite(row["valid_loss"]): self._end("the loss is not finite")
     self.trial.report(row[self.metric], self.longest - self.epochs + len(self.rows))
-    if len(self.rows) < self.epochs and self.trial.should_prune(): self._end(f"worse than others after epoch {len(self.rows)}")
+    done = len(self.rows)
+    if done < self.epochs and self.trial.should_prune(): self._end(f"worse than others after epoch {done}")
 
 # %% ../../nbs/08_search/05_trial.ipynb #513693e5
 @patch(as_prop=True)
@@ -164,7 +166,7 @@ def draw(self:Job, trial, rates:dict)->dict: # name → value of every setting
     if factor or config["lr"] is None: config["lr"] = (factor or 1.) * rates[config["arch"]]
     return config
 
-# %% ../../nbs/08_search/05_trial.ipynb #ac827837
+# %% ../../nbs/08_search/05_trial.ipynb #61139250
 def full_learner(
     job:Job,
     config:dict, # name → value of every setting
@@ -173,8 +175,8 @@ def full_learner(
     "The learner that `train` would make. Raises the errors of `bin_dataloaders` and `bin_learner`."
     c = TrainSettings(**{f.name: config[f.name] for f in fields(TrainSettings) if f.name in config})
     mean, std = normalisation(c.arch, c.weights, c.mean, c.std)
-    dls = bin_dataloaders(job.data, job.manifest, c.size, c.batch_size, c.resize, mean, std, c.augment, job.search.loaders,
-                          c.device, c.cache, c.balanced)
+    dls = bin_dataloaders(job.data, job.manifest, c.size, c.batch_size, c.resize, mean, std, c.augment,
+                          job.search.loaders, c.device, c.cache, c.balanced)
     return bin_learner(dls, c.arch, c.weights, folder, c.loss, wd=c.weight_decay)
 
 # %% ../../nbs/08_search/05_trial.ipynb #a0ad6442

@@ -86,7 +86,7 @@ def _objective(study, storage, job, worker, numbers):
         finally: _free_memory(job)
     return objective
 
-# %% ../../nbs/08_search/06_workers.ipynb #01d5931c
+# %% ../../nbs/08_search/06_workers.ipynb #5c81459f
 def _give_back(study, number):
     "Queue an interrupted trial again."
     trial = study.get_trials(deepcopy=False)[number]
@@ -106,16 +106,17 @@ def _print_trial(study, number, metric):
     "Print what came of a trial, on one line."
     row = trials_table(study).iloc[number].dropna()
     hidden = ("seconds", "value") if metric in row else ("seconds",)
-    if row["state"] != "released": print(" ".join(f"{name}={_text(v)}" for name, v in row.items() if name not in hidden), flush=True)
+    shown = [f"{name}={_text(value)}" for name, value in row.items() if name not in hidden]
+    if row["state"] != "released": print(*shown, flush=True)
 
-# %% ../../nbs/08_search/06_workers.ipynb #bf444cf8
+# %% ../../nbs/08_search/06_workers.ipynb #7362060e
 def run_trial(
     study:optuna.Study,
     storage:RDBStorage, # from open_study, like the study
     job:Job,
     worker:str, # from worker_name
 ):
-    "Run the next trial to its end, whatever that is, and print a line about it. Raises `KeyboardInterrupt` after giving it back."
+    "Run the next trial to its end, and print a line about it. Raises `KeyboardInterrupt` after giving it back."
     numbers = []
     seed = rng(job.search.seed, "trial", len(study.get_trials(deepcopy=False)), worker).integers(2**31)
     study.sampler = optuna.samplers.TPESampler(seed=int(seed), constant_liar=True)
@@ -151,11 +152,12 @@ def work(
             if ended + running >= job.search.trials: time.sleep(.5)
             else: run_trial(study, storage, job, worker)
 
-# %% ../../nbs/08_search/06_workers.ipynb #766a62dc
+# %% ../../nbs/08_search/06_workers.ipynb #d8a2f27f
 def _process(job, n):
     "The main function of a worker process."
     torch.set_num_threads(max(1, cores() // job.search.workers))
-    if torch.cuda.is_available() and job.fixed["device"] is None: job.fixed["device"] = f"cuda:{n % torch.cuda.device_count()}"
+    if torch.cuda.is_available() and job.fixed["device"] is None:
+        job.fixed["device"] = f"cuda:{n % torch.cuda.device_count()}"
     os.environ["TQDM_DISABLE"] = "1"
     try: work(job, worker_name(job, n))
     except KeyboardInterrupt: sys.exit(130)
