@@ -1,16 +1,17 @@
-"""What are more pictures worth? Train on 1,000, 2,000, … and all bins, and on those of another source too.
+"""How much do more pictures help? Train on 1,000, 2,000, … and all bins, and on those of another source too.
 
     python benchmarks/learning_curve.py DATA manifest.csv --out runs/curve --sizes 1000 2000 --seeds 0 1 2 -- --arch resnet50 --size 224
     python benchmarks/learning_curve.py DATA manifest.csv --wider wider.csv …
 
-`wider.csv` is a manifest of these bins and others, from another source; only its groups are used. Those others that have no relative
-in the validation and test parts are trained on, but for a fifth of their groups, which are held out: does the model count these, or
-does it know the source by sight and answer with the counts that are usual there? Each model is judged on the validation part and on the held-out bins, apart.
+`wider.csv` is a manifest of these bins and others, from another source; only its groups are used. The others that have no relative in the
+validation and test parts are trained on, except for a fifth of their groups, which are held out. Does the model count these, or does it
+recognise the source and answer with the counts that are usual there? Each model is judged on the validation part and, separately, on
+the held-out bins.
 
-What stands after `--` goes to `binvision train` for every run. Each run is a folder `OUT/<name>-<seed>`; what is there is not trained
-again, and a killed run goes on. The run on all bins is called `default`, as in recipes.py: with the same OUT and settings, it is shared.
-A smaller set holds whole groups of bins and lies within the larger ones; another seed draws others. All have the same number of epochs.
-Written: curve.csv, sources.csv. Intervals are those of recipes.py.
+Options after `--` go to `binvision train` for every run. Each run is a folder `OUT/<name>-<seed>`. A finished run is not trained
+again, and a killed one resumes. The run on all bins is called `default`, as in recipes.py: with the same OUT and settings, it is shared.
+A smaller set consists of complete groups of bins and is part of the larger ones; another seed draws others. All have the same number of
+epochs. Files: curve.csv, sources.csv. Intervals are those of recipes.py.
 """
 import argparse
 import sys
@@ -27,7 +28,7 @@ def arguments():
     parser.add_argument("manifest")
     parser.add_argument("--wider", help="manifest that has further bins to train with")
     parser.add_argument("--out", type=Path, default=Path("runs/curve"))
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 2000], help="numbers of bins, besides all")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 2000], help="numbers of bins, in addition to all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-boot", type=int, default=2000)
     ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
@@ -42,7 +43,7 @@ def some(rows, n, seed):
 
 
 def further(manifest, wider):
-    "What `wider` adds for training: bins without a relative among those that are judged by; a fifth of their groups are held out as a test part."
+    "What `wider` adds to training: bins without a relative among those that models are judged on; a fifth of their groups become a test part."
     new, known = wider[~wider.id.isin(manifest.id)], wider[wider.id.isin(manifest.id)]
     new = new[~new.group.isin(known.group[known.id.isin(manifest.id[manifest.part != "train"])])]
     held = some(new[~new.group.isin(known.group)], len(new) / 5, 0)
@@ -56,7 +57,7 @@ def sets(args, manifest, seed):
 
     train, valid = manifest[manifest.part == "train"], manifest[manifest.part == "valid"]
     tables = {f"{n}-bins": pd.concat([some(train, n, seed), valid]) for n in sorted(args.sizes)} | {"default": manifest}
-    if too_many := [n for n in args.sizes if n >= len(train)]: raise UsageError(f"--sizes {too_many[0]}: there are {len(train):,} bins", "ask for fewer; all are taken anyway")
+    if too_many := [n for n in args.sizes if n >= len(train)]: raise UsageError(f"--sizes {too_many[0]}: there are {len(train):,} bins", "ask for fewer; a run on all bins is always made")
     if args.wider: tables["wider"] = pd.concat([train, valid, further(manifest, read_manifest(args.wider))])
     found = {}
     for name, table in tables.items():

@@ -2,16 +2,16 @@
 
     python benchmarks/recipes.py DATA manifest.csv --out runs/recipes --seeds 0 1 2 -- --arch resnet50 --size 224 --epochs 8
 
-What stands after `--` goes to `binvision train` for every run. Each run is a folder `OUT/<recipe>-<seed>`; a run that is there is not
-trained again, and one that was killed goes on: the same command is started again until all are done. With `--only` several machines
-share the work; the table is made of what is there. Without DATA synthetic bins are drawn, to see that it works.
+Options after `--` go to `binvision train` for every run. Each run is a folder `OUT/<recipe>-<seed>`. A finished run is not trained
+again, and a killed one resumes: start the same command again until all are done. With `--only` several machines share the
+work; the table covers the runs that are finished. Without DATA synthetic bins are drawn, to see that it works.
 
 The validation part decides (it also chose the best epoch and the temperature, for each recipe alike); the test part is not touched.
-Intervals are 95 %, from a bootstrap that draws groups of bins and, as each resample's model, one of the seeds: they hold the luck of the
-bins and that of the seeds. `change` is the recipe minus the default on the same draws. Cost is seconds of training relative to the
-default's. Decoding by goal (argmax for accuracy, median for MAE, mean for RMSE) is free, and given for each.
-Some rows need no training of their own: the default on each picture and its mirror image, and the distributions of a recipe's seeds
-averaged, or those of all runs (what `binvision ensemble` makes a model of).
+Intervals are 95 %, from a bootstrap that draws groups of bins and, as each resample's model, one of the seeds, so they include chance
+in the bins and in the seeds. `change` is the recipe minus the default on the same draws. Cost is seconds of training relative to the
+default's. Decoding by goal (argmax for accuracy, median for MAE, mean for RMSE) costs nothing, and is given for each.
+Some rows need no training of their own: the default on each picture and its mirror image, and the averaged distributions of a recipe's
+seeds, or of all runs (as `binvision ensemble` does it).
 """
 import argparse
 import json
@@ -42,20 +42,23 @@ def arguments():
 
 
 def options(rest):
-    "The options of `binvision train` as the arguments of its function."
+    "The options of `binvision train` as settings of its function."
+    from typing import get_type_hints
+
     from typer.main import get_command
 
     from binvision.cli.main import app
-    from binvision.cli.options import read_numbers
+    from binvision.cli.options import value_of
+    from binvision.train.settings import TrainSettings
 
-    command = get_command(app).commands["train"]
-    context = command.make_context("train", ["data", "manifest", "--out", "out", *rest])
-    given = {k: v for k, v in context.params.items() if context.get_parameter_source(k).name == "COMMANDLINE" and k not in ("data", "manifest", "out")}
-    return {k: None if (k, v) == ("weights", "none") else read_numbers(v, f"--{k}") if k in ("mean", "std") else v for k, v in given.items()}
+    context = get_command(app).commands["train"].make_context("train", ["data", "manifest", "--out", "out", *rest])
+    kinds = get_type_hints(TrainSettings, include_extras=True)
+    given = {name for name in kinds if context.get_parameter_source(name).name == "COMMANDLINE"}
+    return {name: value_of(name, kinds[name], context.params[name]) for name in kinds if name in given}
 
 
 def growing_pictures(start=.6):
-    "Progressive resizing as a fastai callback: a phase begins at `start` of the side, and is at all of it after two thirds of its epochs."
+    "Progressive resizing as a fastai callback: a phase begins at `start` of the side, and reaches all of it after two thirds of its epochs."
     from fastai.callback.core import Callback
     from torch.nn.functional import interpolate
 
@@ -83,7 +86,7 @@ def synthetic(home, n):
 
 
 def answers(run, data, manifest, part="valid", tta=False, name=None):
-    "A run's distributions on a part, plain or mirrored too; written beside the runs once, under `name`."
+    "A run's distributions on a part, plain or mirrored too; written once, to a folder `name` next to the runs."
     from binvision.evaluate.report import evaluate, read_predictions
 
     report = run.parent / (name or f"report-{part}{'-tta' if tta else ''}") / run.name
@@ -92,7 +95,7 @@ def answers(run, data, manifest, part="valid", tta=False, name=None):
 
 
 def errors(p):
-    "What each image adds to the figures: decoded by argmax, by the best way for each, and as a distribution."
+    "What each image contributes to the figures: decoded by argmax, in the best way for each, and as a distribution."
     from binvision.evaluate.metrics import decode
 
     off = {how: decode(p["probabilities"], p["counts"], how) - p["labels"] for how in ("argmax", "median", "mean")}

@@ -1,12 +1,12 @@
-"""Thirty heads on cached features against thirty ordinary frozen fine-tunings: the time, and the validation accuracy.
+"""Thirty heads on cached features compared with thirty ordinary frozen fine-tunings: time, and validation accuracy.
 
 Both sides are a search over the same space (learning rate, batch size, weight decay), with the same seeds, the same number
 of epochs a trial and no pruning. The ordinary side computes the features of every picture in every epoch of every trial;
-its pictures are decoded once, as always. The time of our side includes the features and the model folder at the end.
+its pictures are decoded once, as always. The time of the heads includes the features and the model folder at the end.
 
     python benchmarks/search.py --arch mobilenet_v2 --weights mobilenet_v2.safetensors --mean 0.5 --std 0.5 [--data FOLDER --manifest FILE]
 
-Without --data synthetic bins are drawn first. --ordinary takes fewer trials on the slow side; its time is then scaled up.
+Without --data synthetic bins are drawn first. --ordinary runs fewer trials on the slow side; its time is then scaled up.
 """
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ def arguments():
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--ordinary", type=int, help="trials on the slow side; default: as many")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of a trial, on both sides")
-    parser.add_argument("--augment", type=float, default=1., help="augmentation on the ordinary side; ours only mirrors")
+    parser.add_argument("--augment", type=float, default=1., help="augmentation on the ordinary side; heads only mirror")
     parser.add_argument("--device", help="such as cpu or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -81,7 +81,7 @@ def main():
         ours, heads = timed(out=Path(home) / "heads", trials=args.trials, frozen=True, epochs=args.epochs, **same)
         theirs, tunings = timed(out=Path(home) / "ordinary", trials=ordinary, epochs=0, frozen_epochs=args.epochs, patience=args.epochs,
                                 augment=args.augment, **same)
-    whole = theirs * args.trials / ordinary
+    scaled = theirs * args.trials / ordinary
     print(f"{args.arch}, {args.size} px, {args.epochs} epochs a trial, {n['train']:,} bins to train, {n['valid']:,} to validate, "
           f"{args.device or ('cuda' if torch.cuda.is_available() else 'cpu')}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}\n")
     print(f"{'side':44}{'trials':>7}{'seconds':>9}{'best':>8}{'median':>8}{'worst':>8}   accuracy, validation part")
@@ -89,7 +89,7 @@ def main():
         a = table.accuracy.dropna()
         print(f"{name:44}{len(a):7}{seconds:9.1f}{a.max():8.3f}{a.median():8.3f}{a.min():8.3f}")
     p = tunings.accuracy.max()
-    print(f"\nratio of the times for {args.trials} trials: {whole / ours:.1f}{'' if ordinary == args.trials else ' (the slow side scaled up)'}")
+    print(f"\nratio of the times for {args.trials} trials: {scaled / ours:.1f}{'' if ordinary == args.trials else ' (the slow side scaled up)'}")
     print(f"difference of the best accuracies: {heads.accuracy.max() - p:+.3f}; the standard error of one: {(p * (1 - p) / n['valid']) ** .5:.3f}")
 
 

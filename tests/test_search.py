@@ -1,4 +1,4 @@
-"""What 10_search cannot show in seconds: workers that are killed, a real database server, failures in the middle of a study."""
+"""What the notebooks of the search wing cannot show in seconds: workers that are killed, a real database server, failures in the middle of a study."""
 import functools
 import glob
 import os
@@ -62,7 +62,7 @@ def with_spoilt_test_part(data, manifest, folder):
     return folder
 
 
-def test_a_search_that_is_killed_goes_on_with_the_same_trial(data, manifest, space, tmp_path):
+def test_a_search_that_is_killed_resumes_with_the_same_trial(data, manifest, space, tmp_path):
     "Ended trials stay, the one that ran is repeated with the same values, and the test part is never read."
     spoilt, out = with_spoilt_test_part(data, manifest, tmp_path / "bins"), tmp_path / "search"
     line = [sys.executable, "-c", "from binvision.cli.main import main; main()", "search", spoilt, manifest, "--out", out, "--space", space,
@@ -88,7 +88,7 @@ def test_a_search_that_is_killed_goes_on_with_the_same_trial(data, manifest, spa
     from typer.testing import CliRunner
 
     again = CliRunner().invoke(app, [str(a) for a in line[3:]])
-    assert again.exit_code == 0 and "goes on after" in again.stdout, again.output
+    assert again.exit_code == 0 and "resumes after" in again.stdout, again.output
     after = table_of(out)
     assert list(after.state[after.trial == victim.number]) == ["released"] and (after.state == "complete").sum() == 3
     ended = before.state == "complete"
@@ -99,7 +99,8 @@ def test_a_search_that_is_killed_goes_on_with_the_same_trial(data, manifest, spa
 
 
 def test_ctrl_c_gives_the_trial_back_at_once(data, manifest, tmp_path, monkeypatch):
-    from binvision import search as module
+    from binvision.search import trial as module
+    from binvision.search.search import search
 
     real, calls = module.fine_tune, []
 
@@ -111,10 +112,10 @@ def test_ctrl_c_gives_the_trial_back_at_once(data, manifest, tmp_path, monkeypat
 
     monkeypatch.setattr(module, "fine_tune", interrupted)
     settings = dict(space={"lr": {"low": 1e-3, "high": 2e-3}}, weights=None, epochs=1, **SETTINGS)
-    with pytest.raises(KeyboardInterrupt, match="1 of 2 trials are kept in .*the same command goes on"):
-        module.search(data, manifest, tmp_path / "search", trials=2, **settings)
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 trials are kept in .*the same command resumes it"):
+        search(data, manifest, tmp_path / "search", trials=2, **settings)
     assert list(table_of(tmp_path / "search").state) == ["complete", "released", "waiting"]
-    table = table_of(module.search(data, manifest, tmp_path / "search", trials=2, **settings))
+    table = table_of(search(data, manifest, tmp_path / "search", trials=2, **settings))
     assert list(table.state) == ["complete", "released", "complete"]
 
 
@@ -152,7 +153,7 @@ def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, sp
 
     def work():
         try:
-            search(data, manifest, out, n, space, metric="mae", pruner="none", storage=postgres, study="shared", workers=1 + KILLS, heartbeat=2,
+            search(data, manifest, out, trials=n, space=space, metric="mae", pruner="none", storage=postgres, study="shared", workers=1 + KILLS, heartbeat=2,
                    weights=None, epochs=6, batch_size=4, patience=50, **SETTINGS)
         except BaseException as e: errors.append(e)
 
@@ -204,10 +205,11 @@ def test_a_wrong_storage_is_one_clear_message(data, manifest, tmp_path, url, say
     assert not (tmp_path / "x").exists()
 
 
-def test_out_of_memory_is_recorded_and_the_study_goes_on(data, manifest, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_is_recorded_and_the_study_continues(data, manifest, tmp_path, monkeypatch, capsys):
     import torch
 
-    from binvision import search as module
+    from binvision.search import trial as module
+    from binvision.search.search import search
 
     real, calls = module.fine_tune, []
 
@@ -218,7 +220,7 @@ def test_out_of_memory_is_recorded_and_the_study_goes_on(data, manifest, tmp_pat
         return real(*args, **kwargs)
 
     monkeypatch.setattr(module, "fine_tune", sometimes)
-    out = module.search(data, manifest, tmp_path / "search", trials=3, space={"lr": [1e-3, 2e-3]}, weights=None, epochs=1, **SETTINGS)
+    out = search(data, manifest, tmp_path / "search", trials=3, space={"lr": [1e-3, 2e-3]}, weights=None, epochs=1, **SETTINGS)
     table = table_of(out)
     assert list(table.state) == ["complete", "failed", "complete"]
     assert table.reason[1].startswith("OutOfMemoryError: CUDA out of memory")
@@ -228,9 +230,31 @@ def test_out_of_memory_is_recorded_and_the_study_goes_on(data, manifest, tmp_pat
 def test_a_study_in_which_all_fails_says_why(data, manifest, tmp_path):
     from binvision.search.search import search
 
-    with pytest.raises(UsageError, match="none of 2 trials was completed.*'crumple'"):
-        search(data, manifest, tmp_path / "x", trials=2, space={"lr": [1e-3, 2e-3], "resize": "crumple"}, weights=None, epochs=1, **SETTINGS)
+    settings = dict(weights=None, epochs=1, **SETTINGS | {"arch": "swin_t"})  # torchvision's has no body that can be used
+    with pytest.raises(UsageError, match="none of 2 trials was completed.*swin_t"):
+        search(data, manifest, tmp_path / "x", trials=2, space={"lr": [1e-3, 2e-3]}, **settings)
     assert (pd.read_csv(tmp_path / "x" / "trials.csv").state == "failed").all() and not (tmp_path / "x" / "best.json").exists()
+
+
+@pytest.mark.parametrize("wrong,says", [({"space": {"resize": ["squash", "crumple"]}}, "resize 'crumple'"), ({"trails": 3}, "did you mean trials"),
+                                        ({"archs": "resnet18"}, "did you mean arch"), ({"size": 8}, "size 8"), ({"metric": "f1"}, "metric 'f1'")])
+def test_a_wrong_setting_is_found_before_anything_is_trained(data, manifest, tmp_path, wrong, says):
+    from binvision.search.search import search
+
+    with pytest.raises(UsageError, match=says): search(data, manifest, tmp_path / "x", **wrong)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_setting_that_stays_fixed_leaves_the_space(data, manifest, tmp_path):
+    import json
+
+    from binvision.search.search import read_best, search
+
+    space = {"lr": {"low": 1e-3, "high": 2e-3}, "batch_size": [8, 16]}
+    out = search(data, manifest, tmp_path / "x", trials=1, space=space, weights=None, epochs=1, batch_size=4, **SETTINGS)
+    assert "batch_size" not in (out / "space.yaml").read_text() and read_best(out)["batch_size"] == 4
+    config = json.loads((out / "config.json").read_text())
+    assert config["trials"] == 1 and config["study"] == "x" and config["options"]["batch_size"] == 4 and config["storage"].endswith("study.db")
 
 
 def test_trials_are_compared_at_the_same_distance_from_the_end(data, manifest, tmp_path):
@@ -239,9 +263,9 @@ def test_trials_are_compared_at_the_same_distance_from_the_end(data, manifest, t
     import timm
     import torch
 
-    from binvision.search.job import _PRUNERS
     from binvision.search.search import search
     from binvision.search.study import load_study
+    from binvision.search.trial import make_pruner
 
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     space = {"frozen_epochs": [0, 2], "epochs": [1, 2]}
@@ -249,7 +273,7 @@ def test_trials_are_compared_at_the_same_distance_from_the_end(data, manifest, t
     steps = {(t.params["frozen_epochs"], t.params["epochs"]): list(t.intermediate_values) for t in load_study(out).trials}
     assert len(steps) > 2 and all(found == list(range(5 - sum(epochs), 5)) for epochs, found in steps.items())
 
-    study = optuna.create_study(pruner=_PRUNERS["median"](7, 5))  # the longest has seven epochs, five of them with all layers
+    study = optuna.create_study(pruner=make_pruner("median", 7, 5))  # the longest has seven epochs, five of them with all layers
     def pruned_at(curve):
         trial = study.ask()
         for step, loss in enumerate(curve, 8 - len(curve)):
@@ -262,11 +286,11 @@ def test_trials_are_compared_at_the_same_distance_from_the_end(data, manifest, t
 
 
 def test_heads_are_pruned_resumed_and_repeat(data, manifest, tmp_path, monkeypatch):
-    "A frozen search that is continued ends as one in a single go; some of its trials are pruned; train can take its best."
+    "A frozen search that is resumed ends as one in a single go; some of its trials are pruned; train can take its best."
     import timm
     import torch
 
-    from binvision import search as module
+    from binvision.search import search as module
 
     monkeypatch.setattr(module, "_head_model", lambda job, *args: Path(job.out) / "model")  # slow, and shown in the notebook
     torch.manual_seed(0)
