@@ -132,12 +132,13 @@ def save_checkpoint(
     data = save(_all_tensors(learn, best, opt_tensors, generators), {"state": json.dumps(state)})
     with atomic_write(path) as file: file.write(data)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #ce0df6a8
+# %% ../../nbs/06_train/08_checkpoint.ipynb #4c058496
 class Checkpoint(Callback):
     "Write a checkpoint at the end of each epoch."
     order = 65 # after the log and the best epoch, before a phase is ended early
 
-    def __init__(self, path, log, best, **notes): self.path, self.log, self.best, self.notes = Path(path), log, best, notes
+    def __init__(self, path, log, best, **notes):
+        self.path, self.log, self.best, self.notes = Path(path), log, best, notes
 
     def after_epoch(self):
         if not skipped(self): save_checkpoint(self.path, self.learn, self.log, self.best, **self.notes)

@@ -41,9 +41,9 @@ class FitImage(Transform):
     def __init__(self, size=224, resize="squash"): self.size, self.resize = size, resize
     def encodes(self, image:PILImage)->PILImage: return PILImage(fit_image(image, self.size, self.resize))
 
-# %% ../../nbs/06_train/01_inputs.ipynb #d15f55d0
+# %% ../../nbs/06_train/01_inputs.ipynb #fd243ee8
 def _rotate_whole(x, max_deg, p):
-    "Affine matrices that turn each picture of a batch by up to `max_deg` degrees and shrink it so that all of it stays."
+    "Affine matrices that turn each picture by up to `max_deg` degrees and shrink it so that all of it stays."
     theta = mask_tensor(x.new_empty(x.size(0)).uniform_(-max_deg, max_deg), p=p) * (torch.pi / 180)
     cos, sin = theta.cos(), theta.sin()
     grow, zero = cos + sin.abs(), torch.zeros_like(theta)
@@ -103,15 +103,15 @@ def _fill_cache(file, paths, shape, resize):
         os.replace(temporary, file)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/06_train/01_inputs.ipynb #473e749b
+# %% ../../nbs/06_train/01_inputs.ipynb #5e37846c
 def decode_images(
     paths:list, # pictures
     size:int=224, # side of the square, pixels
     resize:str="squash", # squash or pad
-    cache:str|os.PathLike|None=None, # folder to keep the result in, for later runs and other processes; None for memory only
+    cache:str|os.PathLike|None=None, # folder that keeps them for later runs and other processes; None for none
     root:str|os.PathLike="/", # names in the cache's key are relative to this folder
 )->np.ndarray: # n × size × size × 3, uint8; from a cache mapped into memory, and writing to it changes no file
-    "Pictures decoded and made square. Raises `ImageError` for a broken one, and `DataError` where the cache cannot be written."
+    "Pictures decoded and made square. Raises `ImageError` for a broken one, `DataError` if the cache cannot be written."
     shape = (len(paths), size, size, 3)
     if cache is None: return _decode_into(np.empty(shape, np.uint8), paths, resize)
     file = _cache_file(paths, size, resize, cache, root)

@@ -51,11 +51,11 @@ def _groups(model):
     early = [p for p in params(model[0]) if id(p) not in known]
     return [group for group in (early, late, params(model[1])) if group]
 
-# %% ../../nbs/06_train/09_learner.ipynb #8211dd44
+# %% ../../nbs/06_train/09_learner.ipynb #a01a7dc8
 def bin_learner(
     dls:DataLoaders, # from bin_dataloaders
     arch:str=TrainSettings.arch, # a torchvision or timm architecture
-    weights:str|os.PathLike|None=TrainSettings.weights, # imagenet, a weights file, a model folder, or None for random ones
+    weights:str|os.PathLike|None=TrainSettings.weights, # imagenet, a weights file, a model folder, or None for random
     path:str|os.PathLike=".", # where fastai keeps files of this learner
     loss:str=TrainSettings.loss, # cross_entropy, or soft or ordinal, which know that counts have an order
     **kwargs, # passed to fastai's Learner
@@ -70,7 +70,7 @@ def bin_learner(
     if weights is not None: learn.freeze()
     return learn
 
-# %% ../../nbs/06_train/09_learner.ipynb #8951b5d6
+# %% ../../nbs/06_train/09_learner.ipynb #3318abbc
 def _lr_curve(learn, num_it):
     "Learning rates and smoothed losses of a search, without its ends and without losses that are not finite."
     loaders = [(dl, dl.rng.getstate()) for dl in learn.dls.loaders]
@@ -82,7 +82,7 @@ def _lr_curve(learn, num_it):
     finite = np.isfinite(losses[seen])
     return rates[seen][finite], losses[seen][finite]
 
-# %% ../../nbs/06_train/09_learner.ipynb #77891cd8
+# %% ../../nbs/06_train/09_learner.ipynb #753fd45e
 def suggest_lr(
     learn:Learner, # from bin_learner
     num_it:int=100, # training steps of the search
@@ -90,7 +90,8 @@ def suggest_lr(
     "Search a learning rate; neither weights nor random state change. Raises `UsageError` if the loss is not finite."
     rates, losses = _lr_curve(learn, num_it)
     if len(rates) < 5:
-        raise UsageError("the loss is not finite: no learning rate can be suggested", "check the images and mean and std, or pass lr")
+        raise UsageError("the loss is not finite: no learning rate can be suggested",
+                         "check the images and mean and std, or pass lr")
     lr, (_, loss) = valley(rates, losses, num_it)
     ax = new_axes(title="Learning-rate search", x="learning rate", y="loss (smoothed), nats", size=(6, 3.4))
     ax.plot(rates, losses, color=MAIN)
@@ -99,7 +100,7 @@ def suggest_lr(
     ax.legend()
     return lr, ax.figure
 
-# %% ../../nbs/06_train/09_learner.ipynb #d6415a17
+# %% ../../nbs/06_train/09_learner.ipynb #ef04981e
 def _phases(learn, lr, epochs, frozen_epochs, depth):
     "Name, first trained group of layers, epochs and learning rates of each phase."
     pretrained, n = learn.weights is not None, len(learn.splitter(learn.model))
@@ -108,7 +109,7 @@ def _phases(learn, lr, epochs, frozen_epochs, depth):
     if epochs: phases.append(("all layers", max(0, n - depth), epochs, slice(lr / 200, lr / 2) if pretrained else lr))
     return phases
 
-# %% ../../nbs/06_train/09_learner.ipynb #b251f0a3
+# %% ../../nbs/06_train/09_learner.ipynb #d6e7d136
 def _fit_phase(learn, phase, first, cbs, log, best, stop):
     "Train one phase from its epoch `first` on."
     log.phase, first_group, epochs, rates = phase
@@ -116,7 +117,7 @@ def _fit_phase(learn, phase, first, cbs, log, best, stop):
     learn.freeze_to(first_group)
     learn.fit_one_cycle(epochs, rates, cbs=cbs, start_epoch=first)
 
-# %% ../../nbs/06_train/09_learner.ipynb #328d0eb8
+# %% ../../nbs/06_train/09_learner.ipynb #81ee98ab
 def _continue(learn, log, best, checkpoint, phases):
     "Put a checkpoint back: the phases that are left, the next epoch in the first of them, and the callback for it."
     tensors, state = read_checkpoint(checkpoint)
@@ -138,7 +139,7 @@ def _tidy(learn, best):
         raise
     finally: learn.loss_func = loss  # some callbacks exchange it while they train
 
-# %% ../../nbs/06_train/09_learner.ipynb #5e3f33a7
+# %% ../../nbs/06_train/09_learner.ipynb #2dda6927
 def _writers(learn, log, best, checkpoint, tensorboard):
     "The callbacks that write files, and those that join several processes."
     cbs = [Checkpoint(checkpoint, log, best)] if checkpoint else []
@@ -146,15 +147,15 @@ def _writers(learn, log, best, checkpoint, tensorboard):
     if num_distrib() > 1: cbs.append(many_processes(learn.dls.device))
     return cbs
 
-# %% ../../nbs/06_train/09_learner.ipynb #254a6f3f
+# %% ../../nbs/06_train/09_learner.ipynb #a101c4d6
 def fine_tune(
     learn:Learner, # from bin_learner
     lr:float, # learning rate of the head; half of it, and down to a 200th for the early body, once all layers learn
     epochs:int=TrainSettings.epochs, # epochs with all layers
-    frozen_epochs:int=TrainSettings.frozen_epochs, # epochs that train only the head, before; skipped if the weights are random
+    frozen_epochs:int=TrainSettings.frozen_epochs, # epochs that train only the head, first; none for random weights
     patience:int=TrainSettings.patience, # stop a phase after this many epochs without a lower validation loss
     history:str|os.PathLike="history.csv", # one row an epoch is written here
-    depth:int=TrainSettings.depth, # groups of layers that the second phase trains: 1 the head, 2 and the late body, 3 all
+    depth:int=TrainSettings.depth, # groups of layers in the second phase: 1 the head, 2 and the late body, 3 all
     cbs:list|None=None, # further fastai callbacks, for both phases
     checkpoint:str|os.PathLike|None=None, # a file to write after each epoch, to resume from; None for none
     resume:bool=False, # continue from that file
@@ -172,7 +173,7 @@ def fine_tune(
         for n, phase in enumerate(phases): _fit_phase(learn, phase, 0 if n else first, cbs, log, best, stop)
     return log.rows
 
-# %% ../../nbs/06_train/09_learner.ipynb #7bb3b041
+# %% ../../nbs/06_train/09_learner.ipynb #5d145ae9
 def _plot_loss(ax, rows):
     "Training and validation loss after each epoch."
     new_axes(ax, "Loss", "epoch", "loss, nats")
@@ -187,7 +188,7 @@ def _plot_metrics(ax, rows):
     ax.plot(rows.epoch, rows.mae, color=ACCENT, marker=".", label="mean absolute error, items")
     ax.set_ylim(0, None)
 
-# %% ../../nbs/06_train/09_learner.ipynb #16b82187
+# %% ../../nbs/06_train/09_learner.ipynb #99bd44de
 def plot_history(
     history, # history.csv of a run, or its rows as a DataFrame
     axes=None, # two matplotlib axes; None makes a figure

@@ -25,14 +25,15 @@ from ..split.manifest import manifest_images
 from .inputs import FitImage, decode_images, open_bin, train_transforms
 from .settings import TrainSettings
 
-# %% ../../nbs/06_train/02_loaders.ipynb #134e3181
+# %% ../../nbs/06_train/02_loaders.ipynb #b21ee853
 def _checked_rows(data, manifest):
     "The manifest's rows of the train and valid parts, with their paths."
     rows = manifest_images(data, manifest)
     rows = rows[rows.part.isin(["train", "valid"])]
     for part in ("train", "valid"):
         if (n := (rows.part == part).sum()) < 2:
-            raise UsageError(f"the manifest has {n} bins in its {part} part", "split with larger fractions or more data")
+            raise UsageError(f"the manifest has {n} bins in its {part} part",
+                             "split with larger fractions or more data")
     return rows
 
 # %% ../../nbs/06_train/02_loaders.ipynb #11f873eb
@@ -41,11 +42,11 @@ class CountOf(Transform):
     def __init__(self, counts): self.counts = counts
     def encodes(self, path:Path): return self.counts[path]
 
-# %% ../../nbs/06_train/02_loaders.ipynb #b1dd31e8
+# %% ../../nbs/06_train/02_loaders.ipynb #fe2ebb32
 class BinLoader(TfmdDL):
     "A fastai loader that takes batches from decoded pictures if it has them, and can draw a balanced order."
     pixels = labels = balance = None
-    decoders = 0 # processes that decode pictures of other data sets, in `test_dl`
+    decoders = 0 # processes that decode pictures of other data sets, in test_dl
 
     def create_batches(self, samps):
         if self.pixels is None: return super().create_batches(samps)
@@ -115,7 +116,7 @@ def _balance(dl, count):
     often = Counter(count[p] for p in dl.dataset.items)
     return [1 / often[count[p]] for p in dl.dataset.items]
 
-# %% ../../nbs/06_train/02_loaders.ipynb #d537705b
+# %% ../../nbs/06_train/02_loaders.ipynb #24dfa99a
 def bin_dataloaders(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
@@ -127,10 +128,10 @@ def bin_dataloaders(
     augment:float=TrainSettings.augment, # strength of train_transforms
     workers:int|None=None, # processes that decode pictures; None for the number that TrainSettings names
     device=None, # a torch device; None for CUDA if available
-    cache:str|os.PathLike|bool|None=None, # a folder for decoded pictures; None for memory, if they fit; False decodes in every epoch
+    cache:str|os.PathLike|bool|None=None, # folder for decoded pictures; None for memory, if they fit; False for no cache
     balanced:bool=False, # draw each count equally often; an epoch stays as long
 )->DataLoaders: # train and valid; classes are the counts
-    "fastai DataLoaders over a manifest. Raises `DataError` if it does not fit the folder, `UsageError` if a part has under 2 bins."
+    "fastai DataLoaders over a manifest. Raises `DataError` if bins are missing, `UsageError` if a part has under 2."
     rows, fit = _checked_rows(data, manifest), FitImage(size, resize)
     count = dict(zip(rows.path, rows["count"].astype(int)))
     dls = _datasets(rows, count).dataloaders(

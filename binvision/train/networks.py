@@ -6,7 +6,7 @@
 __all__ = ['undecided', 'binvision_tiny', 'bare_network', 'near_zero_head', 'Average', 'load_torch', 'build_model',
            'normalisation']
 
-# %% ../../nbs/06_train/04_networks.ipynb #004384ec
+# %% ../../nbs/06_train/04_networks.ipynb #8f410e27
 import os
 import sys
 from pathlib import Path
@@ -25,16 +25,17 @@ from torch import nn
 from ..ground.core import ModelError, UsageError
 from ..ground.pictures import IMAGENET
 from ..model.folder import check_file, read_card
-from .weights import HEADS, explain_download, installed_weights, load_backbone, read_weights, rename_tensors
+from .weights import HEADS, explain_download, installed_weights, load_backbone
+from .weights import read_weights, rename_tensors
 
-# %% ../../nbs/06_train/04_networks.ipynb #dbb7bc1c
+# %% ../../nbs/06_train/04_networks.ipynb #6ba68739
 @register_model
 def binvision_tiny(
     pretrained:bool=False, # has to be False: there are no pretrained weights
     **kwargs, # passed to timm's ResNet: num_classes, in_chans, …
 )->ResNet:
     "A narrow residual network for pictures of 64 to 128 pixels."
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"): kwargs.pop(name, None)  # timm passes them on
     channels = (16, 24, 32, 48)
     model = ResNet(BasicBlock, (1, 1, 1, 1), channels=channels, stem_type="deep", stem_width=8, avg_down=True, **kwargs)
     model.default_cfg = {}
@@ -72,7 +73,7 @@ def _timm_network(arch, n_out, weights):
     elif file is not None: load_backbone(body, read_weights(file), file, arch)
     return model
 
-# %% ../../nbs/06_train/04_networks.ipynb #fed52344
+# %% ../../nbs/06_train/04_networks.ipynb #92396871
 def _from_torchvision(arch): return arch in torchvision.models.list_models(module=torchvision.models)
 
 
@@ -81,7 +82,7 @@ def bare_network(
     n_out:int, # how many counts there are
     weights:str|os.PathLike|None=None, # of the body: imagenet, a weights file, or None for random ones
 )->nn.Sequential: # body and head; from n × 3 × size × size to n × n_out logits
-    "A body and a new head. Raises `ModelError` for an unknown architecture, and for weights that are missing or do not fit."
+    "A body and a new head. Raises `ModelError` for an unknown architecture, and for weights that do not fit."
     if _from_torchvision(arch): return _torchvision_network(arch, n_out, weights)
     if timm.is_model(arch): return _timm_network(arch, n_out, weights)
     raise ModelError(f"arch {arch!r}: neither torchvision nor timm knows it",
@@ -110,11 +111,11 @@ class Average(nn.Module):
     def forward(self, x):
         return torch.stack([m(x).softmax(-1) for m in self.members]).mean(0).clamp(min=1e-12).log() / self.temperature
 
-# %% ../../nbs/06_train/04_networks.ipynb #6d768a31
+# %% ../../nbs/06_train/04_networks.ipynb #9985887f
 def load_torch(
     folder:str|os.PathLike, # a model folder
-)->nn.Module: # body and head, or an `Average` of such networks, in evaluation mode
-    "The network of a model folder as a torch module. Raises `ModelError` if the folder is not complete or its weights do not fit."
+)->nn.Module: # body and head, or an Average of such networks, in evaluation mode
+    "The network of a model folder as a torch module. Raises `ModelError` if files are missing or do not fit."
     card = read_card(folder)
     members = [bare_network(arch, len(card["counts"])) for arch in card.get("members", [card["arch"]])]
     model = Average(members) if "members" in card else members[0]
@@ -124,27 +125,29 @@ def load_torch(
                          "take the whole model folder from its source again") from e
     return model.eval()
 
-# %% ../../nbs/06_train/04_networks.ipynb #c0d13c36
+# %% ../../nbs/06_train/04_networks.ipynb #33bac2d2
 def _is_model(weights): return weights not in (None, "imagenet") and Path(weights).is_dir()
 
 
 def _continued(folder, arch, n_out):
     "The network of a model folder, with a new last layer."
     card = read_card(folder)
-    if "members" in card: raise ModelError(f"{folder}: holds {len(card['members'])} networks", "pass the model folder of one of them")
-    if card["arch"] != arch: raise ModelError(f"{folder}: is a model of {card['arch']}, not of {arch}", f"pass arch={card['arch']!r} (--arch)")
+    if "members" in card:
+        raise ModelError(f"{folder}: holds {len(card['members'])} networks", "pass the model folder of one of them")
+    if card["arch"] != arch:
+        raise ModelError(f"{folder}: is a model of {card['arch']}, not of {arch}", f"pass arch={card['arch']!r} (--arch)")
     model = load_torch(folder).train()
     last = model[1][-1]
     model[1][-1] = nn.Linear(last.in_features, n_out, bias=last.bias is not None)
     return model
 
-# %% ../../nbs/06_train/04_networks.ipynb #f7f68db8
+# %% ../../nbs/06_train/04_networks.ipynb #a73489f3
 def build_model(
     arch:str, # a torchvision or timm architecture, such as resnet50
     n_out:int, # how many counts there are
     weights:str|os.PathLike|None="imagenet", # imagenet, a weights file, a model folder, or None for random ones
 )->nn.Sequential: # body and head; from n × 3 × size × size to n × n_out logits
-    "A network for counting. Raises `ModelError` for an unknown architecture, and for weights that are missing or do not fit."
+    "A network for counting. Raises `ModelError` for an unknown architecture, and for weights that do not fit."
     model = _continued(weights, arch, n_out) if _is_model(weights) else bare_network(arch, n_out, weights)
     return near_zero_head(model)
 

@@ -96,27 +96,27 @@ def save_torch(
     onnx = _export_onnx(model.eval(), card["size"])
     return save_model(folder, card, onnx, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
 
-# %% ../../nbs/06_train/10_publish.ipynb #462ea73d
+# %% ../../nbs/06_train/10_publish.ipynb #0a1dead1
 def _card(learn, notes):
     "The card of the learner's network."
     fit, norm = learn.dls.fit_image, learn.dls.valid.after_batch.normalize
     mean, std = ([round(x, 6) for x in tensor.flatten().tolist()] for tensor in (norm.mean, norm.std))
     return {"arch": learn.arch, "counts": [int(c) for c in learn.dls.vocab], "size": fit.size, "resize": fit.resize,
-            "mean": mean, "std": std, "temperature": None, "versions": versions(), "manifest_sha256": None, "training": {},
-            "metrics": {}, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **notes}
+            "mean": mean, "std": std, "temperature": None, "versions": versions(), "manifest_sha256": None,
+            "training": {}, "metrics": {}, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **notes}
 
 
 def _on_processor(tensor):
     "A tensor on the processor, in single precision if it is not whole numbers."
     return tensor.detach().float().cpu() if tensor.is_floating_point() else tensor.cpu()
 
-# %% ../../nbs/06_train/10_publish.ipynb #3eb49190
+# %% ../../nbs/06_train/10_publish.ipynb #8fe7d575
 def write_model(
     learn:Learner, # from bin_learner
     folder:str|os.PathLike, # the model folder; an existing one is replaced
     **notes, # further entries of the card: temperature, manifest_sha256, training, metrics
 )->Path: # the folder
-    "Write the learner's network as a model folder: card, weights, ONNX. Raises `ModelError` if ONNX answers differently."
+    "Write the learner's network as a model folder. Raises `ModelError` if its ONNX version answers differently."
     card = _card(learn, notes)
     model = bare_network(learn.arch, len(card["counts"]))
     model.load_state_dict({name: _on_processor(tensor) for name, tensor in learn.model.state_dict().items()})

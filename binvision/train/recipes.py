@@ -46,9 +46,9 @@ class SoftCounts(_CountLoss):
 
     def each(self, log_p, target): return -(self.table.to(log_p.device)[target] * log_p).sum(-1)
 
-# %% ../../nbs/06_train/05_recipes.ipynb #35ab5f4a
+# %% ../../nbs/06_train/05_recipes.ipynb #ab7e96cd
 class OrdinalLoss(_CountLoss):
-    "The sum of binary cross-entropies of \"more than k?\" over all k (Cao, Mirjalili and Raschka, 2020, arXiv 1901.07884)."
+    "The sum over k of binary cross-entropies of \"more than k?\" (Cao, Mirjalili, Raschka, 2020, arXiv 1901.07884)."
 
     def each(self, log_p, target):
         up_to = torch.logcumsumexp(log_p, -1)[:, :-1]

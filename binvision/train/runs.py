@@ -26,9 +26,10 @@ def metric_line(
     "The `key=value` line of an epoch; numbers have 4 significant digits."
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}".replace(" ", "_") for k, v in row.items())
 
-# %% ../../nbs/06_train/07_runs.ipynb #c8050c34
+# %% ../../nbs/06_train/07_runs.ipynb #c2b2f131
 _NUMBER = r"(nan|inf|[0-9.]+(?:e[+-]?[0-9]+)?)"
-_EPOCH_METRICS = {"train:loss": "train_loss", "validation:loss": "valid_loss", "validation:accuracy": "accuracy", "validation:mae": "mae"}
+_EPOCH_METRICS = {"train:loss": "train_loss", "validation:loss": "valid_loss",
+                  "validation:accuracy": "accuracy", "validation:mae": "mae"}
 METRIC_DEFINITIONS = [ # how a log collector finds the metrics in the output of a training
     *({"Name": name, "Regex": rf"epoch=\d+ .*\b{key}={_NUMBER}"} for name, key in _EPOCH_METRICS.items()),
     *({"Name": f"best:{key}", "Regex": rf"^validation: .*\b{key}={_NUMBER}"} for key in ("accuracy", "mae"))]
@@ -40,7 +41,7 @@ def skipped(
     "Whether the epoch that ends was skipped, because the fit started at a later one."
     return not len(callback.recorder.values[-1])
 
-# %% ../../nbs/06_train/07_runs.ipynb #ca0185f6
+# %% ../../nbs/06_train/07_runs.ipynb #3c606402
 class RunLog(Callback):
     "After each epoch a row of history.csv and a line on stdout; on a terminal a progress bar of batches."
     order = 56 # after the recorder
@@ -49,7 +50,8 @@ class RunLog(Callback):
 
     def before_train(self):
         self.start = time.perf_counter()
-        self.bar = tqdm(total=len(self.dls.train), disable=True if rank_distrib() else None, leave=False, desc=f"{self.phase} {self.epoch + 1}")
+        self.bar = tqdm(total=len(self.dls.train), disable=True if rank_distrib() else None, leave=False,
+                        desc=f"{self.phase} {self.epoch + 1}")
 
     def after_batch(self):
         if self.training: self.bar.update()

