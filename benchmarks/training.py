@@ -1,12 +1,13 @@
-"""Pictures per second in training: binvision against the recipe that people copy, in turn in one process.
+"""Pictures per second in training: binvision against the usual recipe, measured alternately in one process.
 
-The plain recipe is torchvision's ResNet50 in a loop over `ImageFolder` and `DataLoader`: decode, resize, flip, normalise in worker
-processes, contiguous fp32 tensors, Adam. Ours is `bin_learner`: pictures decoded once, `channels_last`, on CUDA bf16 and pictures that stay
-on the GPU; and it augments more (rotations, light). Both train all layers at the same size and batch from random weights, on the same
-files. An epoch of each is timed, in turn, several rounds; the ratio is the median over the rounds. Ours decodes all pictures before its
-first epoch: that time is given too, and the second ratio spreads it over `--epochs`. Exit status 1 if the first is below --at-least.
+The usual recipe is torchvision's ResNet50 in a loop over `ImageFolder` and `DataLoader`: decode, resize, flip and normalise in worker
+processes, contiguous fp32 tensors, Adam. Ours is `bin_learner`: pictures decoded once, `channels_last`, and on CUDA bf16 with
+pictures that stay on the GPU; it also augments more (rotations, light). Both train all layers at the same size and batch from random
+weights, on the same files. An epoch of each is timed, alternately, for several rounds; the ratio is the median over the rounds.
+Ours decodes all pictures before its first epoch. That time is printed too, and the second ratio spreads it over `--epochs`. The exit
+status is 1 if the first ratio is below --at-least.
 
-    python benchmarks/training.py [--images FOLDER] [--n 128] [--size 224] [--batch 32] [--at-least 1.3]
+    python benchmarks/training.py [--n 128] [--size 224] [--batch 32] [--at-least 1.3]
 """
 import argparse
 import os
