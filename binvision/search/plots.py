@@ -14,14 +14,13 @@ from optuna.trial import TrialState
 from ..ground.show import ACCENT, GREY, MAIN, new_axes
 from .study import best_trial, completed, sign
 
-# %% ../../nbs/08_search/04_plots.ipynb #83f92b1b
-_TITLES = {"accuracy": "accuracy", "mae": "mean absolute error, items", "valid_loss": "validation loss, nats"}
+# %% ../../nbs/08_search/04_plots.ipynb #877f21e1
+_TITLES = {"accuracy": "validation accuracy", "mae": "validation error, items", "valid_loss": "validation loss, nats"}
 
 
 def _study_axes(study, title, x):
     "Axes for the study's metric against trials or epochs."
-    metric = _TITLES.get(study.user_attrs.get("metric"), "value")
-    ax = new_axes(title=title, x=x, y=f"{metric}, validation part", size=(6.4, 3.2))
+    ax = new_axes(title=title, x=x, y=_TITLES.get(study.user_attrs.get("metric"), "value"), size=(6.4, 3.2))
     ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 

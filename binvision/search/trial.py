@@ -46,7 +46,7 @@ class Job:
     fixed:dict # settings of training: what they are where the space does not vary them
     features:str|None=None # folder of the cached features, in a frozen search
 
-# %% ../../nbs/08_search/05_trial.ipynb #828e7033
+# %% ../../nbs/08_search/05_trial.ipynb #40dd9b7c
 def make_job(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # a manifest that split wrote
@@ -62,7 +62,7 @@ def make_job(
     if not search.frozen: fixed = {"cache": str(Path(out)/"cache")} | fixed
     return Job(str(data), str(manifest), str(out), search, fixed_settings(fixed | {"seed": search.seed}, search.frozen))
 
-# %% ../../nbs/08_search/05_trial.ipynb #a5238f5b
+# %% ../../nbs/08_search/05_trial.ipynb #d39f1c1f
 @patch
 def entry(self:Job, name:str):
     "What a setting is: its entry in the space, or its fixed value."
@@ -83,7 +83,7 @@ def highest(self:Job, name:str):
     if not isinstance(entry, dict): return entry or 0
     return max(entry["choices"]) if "choices" in entry else entry["high"]
 
-# %% ../../nbs/08_search/05_trial.ipynb #de6e24e0
+# %% ../../nbs/08_search/05_trial.ipynb #1b2d7ddd
 @patch
 def length(self:Job, config:dict|None=None)->tuple[int, int]: # epochs in all, and those with all layers
     "How long a configuration trains, or the longest one."
@@ -91,7 +91,7 @@ def length(self:Job, config:dict|None=None)->tuple[int, int]: # epochs in all, a
     no_frozen_phase = self.search.frozen or self.fixed["weights"] is None
     return epochs + (0 if no_frozen_phase else frozen), epochs
 
-# %% ../../nbs/08_search/05_trial.ipynb #f9065e45
+# %% ../../nbs/08_search/05_trial.ipynb #67af3abe
 def make_pruner(
     name:str, # median, hyperband or none
     longest:int, # epochs of the longest trial
@@ -102,7 +102,7 @@ def make_pruner(
     if name == "hyperband": return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=longest)
     return optuna.pruners.NopPruner()
 
-# %% ../../nbs/08_search/05_trial.ipynb #842ce2cf
+# %% ../../nbs/08_search/05_trial.ipynb #b3e29dc5
 METRICS = {"accuracy": "maximize", "mae": "minimize", "valid_loss": "minimize"} # what can be searched for
 
 
@@ -115,13 +115,13 @@ def open_study(
     return storage, optuna.create_study(storage=storage, study_name=search.study, direction=METRICS[search.metric],
                                         load_if_exists=True, pruner=make_pruner(search.pruner, *job.length()))
 
-# %% ../../nbs/08_search/05_trial.ipynb #d6fa30be
+# %% ../../nbs/08_search/05_trial.ipynb #4b5a3aef
 def orphaned()->bool:
     "Whether this is a worker, and the process that started it has gone."
     parent = multiprocessing.parent_process()
     return parent is not None and not parent.is_alive()
 
-# %% ../../nbs/08_search/05_trial.ipynb #9548ee52
+# %% ../../nbs/08_search/05_trial.ipynb #694bf3ff
 class ReportEpoch(Callback):
     "Report each epoch to a trial, and end it if the pruner says so or the loss is not finite."
     order = 57 # after the recorder and the log of the run
@@ -134,7 +134,7 @@ class ReportEpoch(Callback):
     ):
         self.trial, self.metric, self.epochs, self.longest, self.rows = trial, metric, epochs, longest, []
 
-# %% ../../nbs/08_search/05_trial.ipynb #9baeb14e
+# %% ../../nbs/08_search/05_trial.ipynb #a20fe44e
 @patch
 def _end(self:ReportEpoch, reason):
     self.trial.set_user_attr("reason", reason)
@@ -151,13 +151,13 @@ def after_epoch(self:ReportEpoch):
     done = len(self.rows)
     if done < self.epochs and self.trial.should_prune(): self._end(f"worse than others after epoch {done}")
 
-# %% ../../nbs/08_search/05_trial.ipynb #513693e5
+# %% ../../nbs/08_search/05_trial.ipynb #ea6a1db7
 @patch(as_prop=True)
 def kept(self:ReportEpoch)->dict: # metric → value
     "The figures of the epoch with the lowest validation loss."
     return self.rows[best_epoch([row["valid_loss"] for row in self.rows])]
 
-# %% ../../nbs/08_search/05_trial.ipynb #76ba2994
+# %% ../../nbs/08_search/05_trial.ipynb #d456b5a5
 @patch
 def draw(self:Job, trial, rates:dict)->dict: # name → value of every setting
     "A configuration for a trial; `rates` are the suggestions of lr_find, by architecture."
@@ -166,7 +166,7 @@ def draw(self:Job, trial, rates:dict)->dict: # name → value of every setting
     if factor or config["lr"] is None: config["lr"] = (factor or 1.) * rates[config["arch"]]
     return config
 
-# %% ../../nbs/08_search/05_trial.ipynb #61139250
+# %% ../../nbs/08_search/05_trial.ipynb #d8957200
 def full_learner(
     job:Job,
     config:dict, # name → value of every setting
@@ -179,7 +179,7 @@ def full_learner(
                           job.search.loaders, c.device, c.cache, c.balanced)
     return bin_learner(dls, c.arch, c.weights, folder, c.loss, wd=c.weight_decay)
 
-# %% ../../nbs/08_search/05_trial.ipynb #a0ad6442
+# %% ../../nbs/08_search/05_trial.ipynb #5b13b77d
 def _counts(job):
     "The counts of the bins that are trained or validated on."
     rows = manifest_images(job.data, job.manifest)
@@ -198,14 +198,14 @@ def trial_learner(
     learn.path = Path(folder)
     return learn
 
-# %% ../../nbs/08_search/05_trial.ipynb #7790cd31
+# %% ../../nbs/08_search/05_trial.ipynb #8b0c77b8
 def _fit(learn, job, config, folder, report):
     "Train a configuration."
     if job.search.frozen: return learn.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepBest(), report])
     c = {name: config[name] for name in ("lr", "epochs", "frozen_epochs", "patience", "depth")}
     fine_tune(learn, history=folder/"history.csv", cbs=[*recipe_callbacks(config["ema"]), report], **c)
 
-# %% ../../nbs/08_search/05_trial.ipynb #96fddfa1
+# %% ../../nbs/08_search/05_trial.ipynb #8133a90f
 def fit_trial(
     trial, # an Optuna trial
     study:optuna.Study,
