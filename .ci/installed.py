@@ -4,6 +4,7 @@ import json
 import pkgutil
 import sys
 from importlib.metadata import metadata, version
+from importlib.resources import files
 from pathlib import Path
 
 
@@ -19,9 +20,12 @@ def check_installed():
     except importlib.metadata.PackageNotFoundError: pass
     about = metadata("binvision")
     assert about["License-Expression"] == "Apache-2.0" and about["Version"] == binvision.__version__, about
-    modules = [m.name for m in pkgutil.iter_modules(binvision.__path__)]
-    for name in modules: importlib.import_module(f"binvision.{name}")
-    print(f"binvision {binvision.__version__}, {len(modules)} modules imported: {', '.join(modules)}")
+    modules = [m.name for m in pkgutil.walk_packages(binvision.__path__, "binvision.") if not m.ispkg]
+    for name in modules: importlib.import_module(name)
+    wings = sorted({name.split(".")[1] for name in modules})
+    print(f"binvision {binvision.__version__}, {len(modules)} modules imported, of {', '.join(wings)}")
+    for wing, name in (("ground", "page.html"), ("serve", "page.html"), ("serve", "page.css"), ("serve", "page.js")):
+        assert files(f"binvision.{wing}").joinpath(name).is_file(), f"the wheel lacks binvision/{wing}/{name}"
 
 
 def check_demo(folder):

@@ -17,6 +17,7 @@ notebook, readme = root / "nbs" / "index.ipynb", root / "README.md"
 
 LINK = re.compile(r'(\]\(<?|\b(?:src|href)=")(?!#|/|[a-z][a-z0-9+.-]*:)([^)\s">#]+)')
 FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
+PAGES = {"nbs/contributing.qmd": "CONTRIBUTING.md", "nbs/changes.qmd": "CHANGELOG.md"}  # pages that include a file of the repository
 DIRECTIVE = re.compile(r"^#\|\s*(.*?)\s*$", re.MULTILINE)
 
 
@@ -26,7 +27,9 @@ def text(value):
 
 def relink(markdown):
     """The same Markdown with its relative links seen from the repository's root; code blocks stay as they are."""
-    def moved(m): return m[1] + posixpath.normpath(posixpath.join("nbs", m[2]))
+    def moved(m):
+        path = posixpath.normpath(posixpath.join("nbs", m[2]))
+        return m[1] + PAGES.get(path, path)
     return "".join(p if p.startswith("```") else LINK.sub(moved, p) for p in FENCE.split(markdown))
 
 

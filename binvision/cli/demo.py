@@ -17,8 +17,8 @@ from pydantic import Field
 from .options import command
 from ..ground.core import UsageError, atomic_write
 
-# %% ../../nbs/13_cli/08_demo.ipynb #34dbb52b
-_DEMO = dict(arch="resnet10t", weights=None, size=64, batch_size=32, epochs=11, frozen_epochs=0, patience=11, augment=0.5)
+# %% ../../nbs/13_cli/08_demo.ipynb #896ea213
+_DEMO = dict(arch="binvision_tiny", weights=None, size=96, epochs=14, frozen_epochs=0, patience=14, augment=0, loss="ordinal", ema=.98)
 _LEFT = {
     "data": "the synthetic bins: bin-images/ and metadata/",
     "catalogue": "the same as tables: bins.parquet, items.parquet, problems.csv",
@@ -61,7 +61,24 @@ def _demo_data(out, n, seed):
     typer.echo(f"    manifest {write_manifest(split(cat, seed=seed), out/'manifest.csv')[:12]}…")
     return data
 
-# %% ../../nbs/13_cli/08_demo.ipynb #76a6b28e
+# %% ../../nbs/13_cli/08_demo.ipynb #cba72300
+def _demo_training(out, data, seed, settings):
+    "Search a learning rate and train; the run folder is `out/run`."
+    from binvision.ground.core import set_seed
+    from binvision.learner import bin_learner, train
+    from binvision.train.learner import suggest_lr
+    from binvision.train.loaders import bin_dataloaders
+
+    typer.echo(f"4/6 train: {settings['arch']} at {settings['size']} pixels from random weights, to be done in minutes and\n"
+               "    without a download. The default of binvision train is a pretrained resnet50 at 224 pixels")
+    set_seed(seed)
+    dls = bin_dataloaders(data, out/"manifest.csv", settings["size"], augment=0)
+    lr, picture = suggest_lr(bin_learner(dls, settings["arch"], weights=None, path=out, loss=settings["loss"]))
+    typer.echo(f"lr_find suggests {lr:.2g}; the training takes five times that")
+    train(data, out/"manifest.csv", out/"run", seed=seed, **settings, lr=5*lr)
+    with atomic_write(out/"run/lr_find.png") as file: picture.savefig(file, dpi=110)
+
+# %% ../../nbs/13_cli/08_demo.ipynb #4afb39c3
 def _demo_result(out, result):
     "Print the figures of the demo compared with a constant, and what to do next."
     import pandas as pd
@@ -78,27 +95,25 @@ def _next(out):
     folder = shlex.quote(str(out))
     return (f"  binvision predict {folder}/run/model {folder}/data/bin-images/00001.jpg --json\n"
             f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
-            f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 96 --lr 0.002")
+            f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 128 --epochs 20")
 
-# %% ../../nbs/13_cli/08_demo.ipynb #3361b561
+# %% ../../nbs/13_cli/08_demo.ipynb #8695a8ff
 @command
 def _demo(
     out:Path=Path("binvision-demo"), # folder to make; what an earlier demo left there is replaced
-    n:Annotated[int, Field(ge=60)]=2000, # how many synthetic bins
+    n:Annotated[int, Field(ge=60)]=4000, # how many synthetic bins
     seed:int=0, # seed of all randomness: the same seed gives the same result
     size:Annotated[int, Field(ge=32)]=_DEMO["size"], # side of the square input, pixels
     epochs:Annotated[int, Field(ge=1)]=_DEMO["epochs"], # epochs of training
 ):
     "Do the whole job once, on synthetic bins. Takes some minutes and no network; leaves a folder to look at."
     from binvision.evaluate.report import evaluate
-    from binvision.learner import predict, train
+    from binvision.learner import predict
     from binvision.split.manifest import manifest_images
 
     _demo_folder(out)
     data, manifest, model = _demo_data(out, n, seed), out/"manifest.csv", out/"run"/"model"
-    typer.echo(f"4/6 train: {_DEMO['arch']} at {size} pixels from random weights, to be done in minutes and\n"
-               "    without a download. The default of binvision train is a pretrained resnet50 at 224 pixels")
-    train(data, manifest, out/"run", seed=seed, **_DEMO | {"size": size, "epochs": epochs})
+    _demo_training(out, data, seed, _DEMO | {"size": size, "epochs": epochs})
     typer.echo("5/6 evaluate on the test part")
     result = evaluate(model, data, manifest, "test", out/"report")
     typer.echo("6/6 predict the test pictures")

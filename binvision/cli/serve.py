@@ -14,7 +14,7 @@ import typer
 from .options import command
 from ..serve.limits import ServeSettings
 
-# %% ../../nbs/13_cli/06_serve.ipynb #02edf15f
+# %% ../../nbs/13_cli/06_serve.ipynb #395e0f93
 def _serve(
     model:Annotated[Path, typer.Argument(envvar="BINVISION_MODEL", show_envvar=False)]=Path("/opt/ml/model"), # model folder; also BINVISION_MODEL
     **kwargs,
@@ -28,4 +28,4 @@ def _serve(
 
 
 _serve.fields = {name: field for name, field in ServeSettings.model_fields.items() if name not in ("token", "decoders")}
-command(_serve)
+_serve = command(_serve)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MB', 'AtLeastOne', 'Seconds', 'Origins', 'Settings', 'read_origins', 'read_token', 'ServeSettings']
 
-# %% ../../nbs/12_serve/00_limits.ipynb #a439a8c2
+# %% ../../nbs/12_serve/00_limits.ipynb #6398b0b0
 import difflib
 import os
 import re
@@ -17,8 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..ground.core import UsageError
-from ..ground.machine import cores
-from ..ground.pictures import MAX_PIXELS
+from ..ground.machine import MAX_PIXELS, cores
 
 # %% ../../nbs/12_serve/00_limits.ipynb #4d215120
 def read_origins(
