@@ -17,8 +17,8 @@ from pydantic import Field
 from .options import command
 from ..ground.core import UsageError, atomic_write
 
-# %% ../../nbs/13_cli/08_demo.ipynb #896ea213
-_DEMO = dict(arch="binvision_tiny", weights=None, size=96, epochs=14, frozen_epochs=0, patience=14, augment=0, loss="ordinal", ema=.98)
+# %% ../../nbs/13_cli/08_demo.ipynb #e9f83b60
+_DEMO = dict(arch="binvision_tiny", weights=None, size=96, epochs=16, frozen_epochs=0, patience=16, augment=0, loss="ordinal", ema=.98)
 _LEFT = {
     "data": "the synthetic bins: bin-images/ and metadata/",
     "catalogue": "the same as tables: bins.parquet, items.parquet, problems.csv",
@@ -97,11 +97,11 @@ def _next(out):
             f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
             f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 128 --epochs 20")
 
-# %% ../../nbs/13_cli/08_demo.ipynb #8695a8ff
+# %% ../../nbs/13_cli/08_demo.ipynb #8c5d08ba
 @command
 def _demo(
     out:Path=Path("binvision-demo"), # folder to make; what an earlier demo left there is replaced
-    n:Annotated[int, Field(ge=60)]=4000, # how many synthetic bins
+    n:Annotated[int, Field(ge=60)]=5000, # how many synthetic bins
     seed:int=0, # seed of all randomness: the same seed gives the same result
     size:Annotated[int, Field(ge=32)]=_DEMO["size"], # side of the square input, pixels
     epochs:Annotated[int, Field(ge=1)]=_DEMO["epochs"], # epochs of training

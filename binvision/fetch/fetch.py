@@ -162,7 +162,7 @@ class Estimate:
         size = f"{self.bytes / 1e6:,.1f} MB"
         return f"{self.objects:,} objects, about {size}, to fetch; {self.there:,} already there{lost}"
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #defbfe67
+# %% ../../nbs/03_fetch/03_fetch.ipynb #3c15637a
 def _size(bucket, store, key):
     "The size of an object in bytes; None if it is missing."
     try:
@@ -170,7 +170,7 @@ def _size(bucket, store, key):
     except ObjectError as e:
         if e.kind != "missing": raise
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #0ca51deb
+# %% ../../nbs/03_fetch/03_fetch.ipynb #d7d70cbe
 def _sizes(bucket, keys):
     "The sizes of some objects, in any order."
     store, stop = bucket.open(), threading.Event()
@@ -178,7 +178,7 @@ def _sizes(bucket, keys):
     except ObjectError as e:
         raise DataError(f"{bucket}: {e.reason}", "check the network, --endpoint and --profile") from e
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #e68ba75a
+# %% ../../nbs/03_fetch/03_fetch.ipynb #5c9ae9ee
 def estimate(
     data:str|Path, # data set folder that would be filled
     ids, # ids, or a table with a column id

@@ -163,7 +163,7 @@ def part_of(
     "The tensors of one part of a checkpoint."
     return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #3f2a877e
+# %% ../../nbs/06_train/08_checkpoint.ipynb #31bb7e91
 class Resume(Callback):
     "Put back what fastai sets anew when a fit begins, just before the first epoch that is trained."
     order = 80 # after epochs have been skipped
@@ -176,7 +176,7 @@ class Resume(Callback):
         if self.epoch: self.continue_phase()  # at the start of a phase the optimizer is new anyway
         self.continue_random()
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #11b322ba
+# %% ../../nbs/06_train/08_checkpoint.ipynb #7ae80cfe
 @patch
 def continue_phase(self:Resume):
     "The optimizer, the smoothed loss and the averaged weights, in the middle of a phase."
@@ -194,7 +194,7 @@ def continue_random(self:Resume):
     generators = [[s for name, s in sorted(states.items()) if name.split(".")[0] == str(rank)] for rank in range(ranks)]
     set_random_state(self.state["random"], generators, self.dls.loaders)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #d7e8dac3
+# %% ../../nbs/06_train/08_checkpoint.ipynb #26ace946
 def restore(
     learn, # a learner as it was when the training began
     log:RunLog, # gets the history

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from ..ground.core import atomic_write
 from .processes import say
 
-# %% ../../nbs/06_train/07_runs.ipynb #9effcf06
+# %% ../../nbs/06_train/07_runs.ipynb #fb4a9a09
 def metric_line(
     row:dict, # name → value
 )->str: # one line; spaces in a value become underscores, so that the line splits at spaces
     "The `key=value` line of an epoch; numbers have 4 significant digits."
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}".replace(" ", "_") for k, v in row.items())
 
-# %% ../../nbs/06_train/07_runs.ipynb #c2b2f131
+# %% ../../nbs/06_train/07_runs.ipynb #353ce929
 _NUMBER = r"(nan|inf|[0-9.]+(?:e[+-]?[0-9]+)?)"
 _EPOCH_METRICS = {"train:loss": "train_loss", "validation:loss": "valid_loss",
                   "validation:accuracy": "accuracy", "validation:mae": "mae"}
@@ -34,14 +34,14 @@ METRIC_DEFINITIONS = [ # how a log collector finds the metrics in the output of 
     *({"Name": name, "Regex": rf"epoch=\d+ .*\b{key}={_NUMBER}"} for name, key in _EPOCH_METRICS.items()),
     *({"Name": f"best:{key}", "Regex": rf"^validation: .*\b{key}={_NUMBER}"} for key in ("accuracy", "mae"))]
 
-# %% ../../nbs/06_train/07_runs.ipynb #b4b923ab
+# %% ../../nbs/06_train/07_runs.ipynb #73feffb3
 def skipped(
     callback:Callback, # of a learner that is being fitted
 )->bool:
     "Whether the epoch that ends was skipped, because the fit started at a later one."
     return not len(callback.recorder.values[-1])
 
-# %% ../../nbs/06_train/07_runs.ipynb #3c606402
+# %% ../../nbs/06_train/07_runs.ipynb #eaddd8ec
 class RunLog(Callback):
     "After each epoch a row of history.csv and a line on stdout; on a terminal a progress bar of batches."
     order = 56 # after the recorder
@@ -59,7 +59,7 @@ class RunLog(Callback):
     def after_fit(self):
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/06_train/07_runs.ipynb #7cea5ce4
+# %% ../../nbs/06_train/07_runs.ipynb #a2226305
 @patch
 def write(self:RunLog):
     "Write history.csv anew; of several processes only the first does."
@@ -69,7 +69,7 @@ def write(self:RunLog):
         writer.writeheader()
         writer.writerows(self.rows)
 
-# %% ../../nbs/06_train/07_runs.ipynb #1266a8b1
+# %% ../../nbs/06_train/07_runs.ipynb #4f204863
 @patch
 def after_epoch(self:RunLog):
     if skipped(self): return
@@ -80,7 +80,7 @@ def after_epoch(self:RunLog):
     self.write()
     say(metric_line(row))
 
-# %% ../../nbs/06_train/07_runs.ipynb #60457f06
+# %% ../../nbs/06_train/07_runs.ipynb #0ac75e84
 class TensorBoardLog(Callback):
     "After each epoch the row of a `RunLog` as TensorBoard scalars, one step an epoch."
     order = RunLog.order + 1
@@ -94,7 +94,7 @@ class TensorBoardLog(Callback):
     def after_fit(self):
         if self.writer: self.writer.close()
 
-# %% ../../nbs/06_train/07_runs.ipynb #6c2100fc
+# %% ../../nbs/06_train/07_runs.ipynb #fdd789f2
 @patch
 def after_epoch(self:TensorBoardLog):
     if skipped(self) or not self.writer: return
@@ -104,7 +104,7 @@ def after_epoch(self:TensorBoardLog):
     self.writer.add_scalar("lr", self.opt.hypers[-1]["lr"], row["epoch"])
     self.writer.flush()
 
-# %% ../../nbs/06_train/07_runs.ipynb #522506d6
+# %% ../../nbs/06_train/07_runs.ipynb #53dc8c85
 def best_epoch(
     losses:list, # validation losses, one an epoch
 )->int|None: # its index; None if no loss is finite
@@ -122,7 +122,7 @@ def since_best(
     at = best_epoch(losses)
     return len(losses) if at is None else len(losses) - 1 - at
 
-# %% ../../nbs/06_train/07_runs.ipynb #15aa1b53
+# %% ../../nbs/06_train/07_runs.ipynb #347975a6
 class KeepBest(Callback):
     "Keep the weights of the epoch with the lowest validation loss, and put them back when a fit ends."
     order = 61 # after the recorder and the log, before the checkpoint
@@ -135,7 +135,7 @@ class KeepBest(Callback):
         self.put_back(self.learn)
         self.run = True
 
-# %% ../../nbs/06_train/07_runs.ipynb #7a475eb1
+# %% ../../nbs/06_train/07_runs.ipynb #1db45006
 @patch
 def after_epoch(self:KeepBest):
     if skipped(self) or not (loss := float(self.recorder.values[-1][1])) < self.best: return
@@ -149,7 +149,7 @@ def put_back(self:KeepBest, learn):
     "Give `learn` the weights of the best epoch, if there was one."
     if self.kept: get_model(learn.model).load_state_dict(self.kept)
 
-# %% ../../nbs/06_train/07_runs.ipynb #f9c8212a
+# %% ../../nbs/06_train/07_runs.ipynb #1cd26c05
 class Patience(Callback):
     "End a phase after `patience` epochs without a lower validation loss in it."
     order = 70 # after the checkpoint
