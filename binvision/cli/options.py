@@ -151,7 +151,7 @@ def value_of(
     if kind.none and value == "none": return False if bool in _members(annotation) else None
     return value
 
-# %% ../../nbs/13_cli/01_options.ipynb #3d2c92db
+# %% ../../nbs/13_cli/01_options.ipynb #a18f482e
 def _field_parameters(fields):
     "Name → annotation, default and comment of fields of a pydantic model; None leaves a field to the model."
     for name, field in fields.items():
@@ -185,6 +185,7 @@ def command(
     run.__name__, run.__doc__ = function.__name__.strip("_"), function.__doc__
     run.__signature__ = inspect.Signature(options)
     run.__annotations__ = {p.name: p.annotation for p in options}
+    app.registered_commands[:] = [c for c in app.registered_commands if c.name != run.__name__]  # a cell may run twice
     app.command(name=run.__name__)(guarded(run))
     return function
 
