@@ -203,6 +203,6 @@ def catalogue(
 def as_catalogue(
     source, # a Catalogue, a folder that holds one, or a data set folder
 )->Catalogue:
-    "The catalogue that is meant. Raises `DataError` for a folder that is neither."
+    "The catalogue itself, read back or made where necessary. Raises `DataError` for a folder that is neither."
     if hasattr(source, "bins") and hasattr(source, "items"): return source
     return read_catalogue(source) if (Path(source)/"bins.parquet").exists() else catalogue(source)

@@ -104,7 +104,7 @@ _WRONG_BUCKET = {
 
 
 def _failure(error, bucket):
-    "The `ObjectError` for an error of the client. Raises `DataError` if no object of the bucket can be had."
+    "The `ObjectError` for an error of the client. Raises `DataError` if no object of the bucket can be fetched."
     text = str(error).partition("\n\nDebug source")[0]
     status, code = _status_and_code(text)
     if code in _WRONG_BUCKET:

@@ -33,7 +33,7 @@ def sample_ids(
     bucket:Bucket=Bucket(), # listed if no index is given
     index:pd.DataFrame|None=None, # table with a column id to sample from instead
 )->pd.DataFrame: # columns id and, where the index has it, count
-    "A hash sample of a bucket, or of an index. Raises `UsageError` for a fraction that is none."
+    "A hash sample of a bucket, or of an index. Raises `UsageError` for a fraction outside 0 to 1."
     if not 0 < fraction <= 1: raise UsageError(f"sample {fraction}: not above 0 and at most 1", "0.05 is a twentieth")
     if index is not None: return index[id_hash(index["id"], seed) < fraction].reset_index(drop=True)
     pages = (np.array(ids, dtype=object)[id_hash(ids, seed) < fraction] for ids in list_ids(bucket))
@@ -81,13 +81,13 @@ def _blocks(table, blocks=10):
     return pd.crosstab(table["count"].astype(int), block.rename("block of ids"))
 
 # %% ../../nbs/03_fetch/05_choose.ipynb #a899627b
-CONFOUNDED = 0.1 # from this V on, the id tells too much of the count
+CONFOUNDED = 0.1 # from this V on, the id says too much about the count
 
 
 def confounding(
     table:pd.DataFrame, # columns id and count
 )->float: # Cramér's V, 0 to 1
-    """How much the id of a bin tells of its count.
+    """How much the id of a bin says about its count.
 
     Bias-corrected after W. Bergsma (2013), A bias-correction for Cramér's V and Tschuprow's T,
     Journal of the Korean Statistical Society 42.

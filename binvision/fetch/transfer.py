@@ -164,7 +164,7 @@ def see(
 def end(
     self:OutageGuard,
 ):
-    "Say that all outcomes have been seen. Raises `DataError` if not a single object could be had."
+    "Say that all outcomes have been seen. Raises `DataError` if not a single object arrived."
     if self.lost and not self.worked: raise self._outage()
 
 # %% ../../nbs/03_fetch/01_transfer.ipynb #d3c50be2

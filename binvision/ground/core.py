@@ -49,9 +49,9 @@ class ImageError(DataError):
 
     def __init__(
         self,
-        problem:str, # as for `BinvisionError`
-        hint:str="", # as for `BinvisionError`
-        kind:str="damaged", # one of `binvision.ground.pictures.PICTURE_PROBLEMS`
+        problem:str, # as for BinvisionError
+        hint:str="", # as for BinvisionError
+        kind:str="damaged", # one of the keys of PICTURE_PROBLEMS in ground.pictures
     ):
         super().__init__(problem, hint)
         self.kind = kind

@@ -151,7 +151,7 @@ def preprocess(
 def thumbnail(
     source, # anything that `load_image` takes
     side:int=110, # pixels of the longer side, at most
-)->str: # a data URL of a JPEG; empty where the source is not a picture that is at hand
+)->str: # a data URL of a JPEG; empty if the source cannot be opened as a picture
     "A small JPEG of a picture, to put into HTML."
     try: image = load_image(source)
     except (BinvisionError, OSError): return ""

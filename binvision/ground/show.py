@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/00_ground/02_show.ipynb #cdfc5bfd
 MAIN, ACCENT, GREY = "#2a6f97", "#e07a3f", "#8a8f94"
-BLUES = LinearSegmentedColormap.from_list("bins", ["#ffffff", MAIN]) # for tables of numbers: white is none
+BLUES = LinearSegmentedColormap.from_list("bins", ["#ffffff", MAIN]) # for tables of numbers: white means zero
 
 # %% ../../nbs/00_ground/02_show.ipynb #62088f17
 def figure(

@@ -164,7 +164,7 @@ def draw_spine(
     p:Product, # a book
     scale:float=20, # pixels an inch
 )->Image.Image: # RGBA
-    "The back of a standing book: its name along a narrow strip."
+    "The spine of a standing book: its name along a narrow strip."
     w, h = (max(4, round(side*scale)) for side in (p.size[2], p.size[1]))
     art = Image.new("RGBA", (h, w), (*p.colors[0], 255))
     draw = ImageDraw.Draw(art)
