@@ -136,7 +136,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) # mean and standard de
 
 
 def preprocess(
-    source, # anything that `load_image` takes
+    source, # anything that load_image takes
     card:dict, # the model's card: size, resize, mean, std
 )->np.ndarray: # 3 × size × size, float32
     "A picture as the network reads it."
@@ -149,7 +149,7 @@ def preprocess(
 
 # %% ../../nbs/00_ground/03_pictures.ipynb #c73d8464
 def thumbnail(
-    source, # anything that `load_image` takes
+    source, # anything that load_image takes
     side:int=110, # pixels of the longer side, at most
 )->str: # a data URL of a JPEG; empty if the source cannot be opened as a picture
     "A small JPEG of a picture, to put into HTML."

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from ..ground.core import rng
 from .products import Product
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #482c25e8
+# %% ../../nbs/01_synthetic/03_camera.ipynb #a61abdfe
 @dataclass(eq=False)
 class Unit:
     "One item of a bin, in its place."
@@ -25,7 +25,7 @@ class Unit:
     order:tuple=(0, 0) # units with a smaller order are drawn first
     visible:float=1. # share of it that no other item hides, from 0 to 1
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #b336e54a
+# %% ../../nbs/01_synthetic/03_camera.ipynb #8501f934
 @dataclass
 class Camera:
     "Where the bin's opening lies in the photo, and how large the bin is."
@@ -33,7 +33,7 @@ class Camera:
     opening:tuple # left, top, right, bottom of the bin's opening, pixels
     space:tuple # width, height and depth of the bin, inches
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #3a7f3b90
+# %% ../../nbs/01_synthetic/03_camera.ipynb #49e42ed0
 @patch
 def project(
     self:Camera,
@@ -47,7 +47,7 @@ def project(
     flat = np.stack([x0 + points[:, 0]*scale, y1 - points[:, 1]*scale], 1)
     return eye + (flat - eye)*near[:, None]
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #195cba75
+# %% ../../nbs/01_synthetic/03_camera.ipynb #a53dc073
 _FACES = { # four corners each, as seen from outside, from the top left clockwise
     "front": (2, 3, 1, 0), "left": (6, 2, 0, 4), "right": (3, 7, 5, 1), "top": (6, 7, 3, 2)}
 
@@ -69,7 +69,7 @@ def faces(
     quads = {name: seen[list(_FACES[name])] for name in names}
     return {name: quad for name, quad in quads.items() if name == "front" or _runs_clockwise(quad)}
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #11803efa
+# %% ../../nbs/01_synthetic/03_camera.ipynb #cec21719
 def draw_outlines(
     units:list, # units that are in the bin
     camera:Camera, # what looks at them
@@ -82,7 +82,7 @@ def draw_outlines(
             ImageDraw.Draw(page).polygon(points, unit.product.colors[0], "black", 2)
     return page
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #8c06fbbe
+# %% ../../nbs/01_synthetic/03_camera.ipynb #b5b15763
 def _silhouettes(units, camera, size):
     "All units in one small picture, each in its own grey, and how many pixels each would have without the others."
     screen, areas, scale = Image.new("L", size), {}, 120/camera.size[0]
@@ -95,7 +95,7 @@ def _silhouettes(units, camera, size):
         areas[k] = own.histogram()[-1]
     return screen, areas
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #7bc00c6a
+# %% ../../nbs/01_synthetic/03_camera.ipynb #f731542c
 def set_visible(
     units:list, # units that are in the bin; their attribute visible is set
     camera:Camera, # what looks at them
@@ -106,7 +106,7 @@ def set_visible(
     left = screen.histogram()
     for k, area in areas.items(): units[k - 1].visible = left[k]/max(1, area)
 
-# %% ../../nbs/01_synthetic/03_camera.ipynb #4cd66135
+# %% ../../nbs/01_synthetic/03_camera.ipynb #1eaa8456
 _SIZES = [ # width and height of the photos, pixels, and how many of 240 real ones are about that size
     (388, 265, 58), (519, 308, 55), (593, 573, 23), (547, 480, 17), (629, 465, 14), (456, 358, 12), (333, 305, 11),
     (645, 1054, 8), (434, 556, 7), (372, 546, 6), (500, 570, 5), (331, 423, 5), (507, 660, 4), (468, 492, 4),
