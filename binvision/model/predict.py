@@ -27,7 +27,7 @@ from .scores import softmax
 # %% ../../nbs/05_model/03_predict.ipynb #9715fdb4
 @dataclass(repr=False)
 class Prediction:
-    "What a model says of one picture."
+    "What a model says about one picture."
     source:str # the path, or what kind of thing it was
     count:int|None=None # the most probable count, in items
     probabilities:dict|None=None # count → probability; they sum to 1

@@ -147,7 +147,7 @@ class Checkpoint(Callback):
 def read_checkpoint(
     path:str|os.PathLike, # a file that save_checkpoint wrote
 )->tuple[dict, dict]: # tensors by name, and the state
-    "The content of a checkpoint. Raises `DataError` for a file that is none."
+    "The content of a checkpoint. Raises `DataError` for a file that is not one."
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])

@@ -28,7 +28,7 @@ from ..ground.pictures import fit_image, load_image
 
 # %% ../../nbs/06_train/01_inputs.ipynb #767f4250
 def open_bin(
-    source:Path|str|bytes|np.ndarray|Image.Image, # the picture; fastai reads from these types what it may pass
+    source:Path|str|bytes|np.ndarray|Image.Image, # the picture; fastai reads these types to know what it can pass
 )->PILImage:
     "A picture of a bin as a fastai image. Raises `ImageError` for one that cannot be opened."
     return PILImage(load_image(source))
