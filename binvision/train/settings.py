@@ -23,7 +23,7 @@ Three = tuple[Number, Number, Number]
 Resize = Literal["squash", "pad"]
 Loss = Literal["cross_entropy", "soft", "ordinal"]
 
-# %% ../../nbs/06_train/00_settings.ipynb #36dbfa60
+# %% ../../nbs/06_train/00_settings.ipynb #5c5e8bd1
 @dataclass
 class TrainSettings:
     "How a model is trained."
@@ -48,7 +48,7 @@ class TrainSettings:
     loss:Loss="cross_entropy" # soft and ordinal know that counts have an order
     ema:Annotated[float, Field(ge=0, lt=1)]=0. # decay of averaged weights; 0 is none
     balanced:bool=False # draw each count equally often
-    cache:str|Path|bool|None=None # a folder for decoded pictures; None for memory, if they fit; False for no cache
+    cache:str|Path|bool|None=None # a folder for decoded pictures; None for memory, if they fit; False (none on a command line) for no cache
     compile:bool=False # compile the network with torch.compile, on CUDA only
 
 # %% ../../nbs/06_train/00_settings.ipynb #4a862899
