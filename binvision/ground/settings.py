@@ -5,10 +5,14 @@
 # %% auto #0
 __all__ = ['checked', 'takes']
 
-# %% ../../nbs/00_ground/04_settings.ipynb #d498ea4d
+# %% ../../nbs/00_ground/04_settings.ipynb #5eb763a1
 import difflib
+import inspect
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from fastcore.docments import docments
 from fastcore.meta import delegates
@@ -42,7 +46,16 @@ def checked(
     try: return _adapter(cls).validate_python(dict(given))
     except ValidationError as e: raise _complaint(cls, e, where) from None
 
-# %% ../../nbs/00_ground/04_settings.ipynb #6e81b445
+# %% ../../nbs/00_ground/04_settings.ipynb #1c85a246
+def _plain(annotation):
+    "An annotation without its rules, as a reader of a signature wants it."
+    if get_origin(annotation) is Annotated: return _plain(get_args(annotation)[0])
+    if get_origin(annotation) is Literal: return type(get_args(annotation)[0])
+    if get_origin(annotation) is tuple: return tuple
+    if get_origin(annotation) not in (Union, UnionType): return annotation
+    return reduce(or_, map(_plain, get_args(annotation)))
+
+# %% ../../nbs/00_ground/04_settings.ipynb #b100a3a4
 def takes(
     cls:type, # a dataclass of settings
 ): # a decorator for functions with **kwargs
@@ -50,5 +63,8 @@ def takes(
     def decorate(function):
         function = delegates(cls)(function)
         function.__delwrap__ = cls  # so that docments finds the comments of the dataclass
+        signature = inspect.signature(function)
+        plain = [p.replace(annotation=_plain(p.annotation)) for p in signature.parameters.values()]
+        function.__signature__ = signature.replace(parameters=plain)
         return function
     return decorate

@@ -31,7 +31,7 @@ class TrainSettings:
     arch:str="resnet50" # a torchvision or timm architecture
     weights:str|Path|None="imagenet" # "imagenet", a .safetensors or .pth file, a model folder, or None for random ones
     size:Annotated[int, Field(ge=32)]=224 # side of the square input, pixels
-    resize:Resize="squash" # how a picture becomes square: stretched, or with black bars
+    resize:Resize="squash" # squash stretches a picture to a square, pad adds black bars
     batch_size:AtLeastOne=32 # pictures a step, in each process
     lr:Positive|None=None # learning rate; None takes the suggestion of lr_find
     epochs:AtLeastZero=8 # epochs with all layers
@@ -45,7 +45,7 @@ class TrainSettings:
     device:Any=None # a torch device, such as cpu or cuda:1; None for CUDA if available
     weight_decay:Annotated[float, Field(ge=0, allow_inf_nan=False)]|None=None # of the optimizer; None for fastai's 0.01
     depth:Literal[1, 2, 3]=3 # groups of layers to train after the frozen epochs: 1 the head, 2 and the late body, 3 all
-    loss:Loss="cross_entropy" # soft and ordinal know that counts have an order
+    loss:Loss="cross_entropy" # cross_entropy, soft or ordinal; the last two know that counts have an order
     ema:Annotated[float, Field(ge=0, lt=1)]=0. # decay of averaged weights; 0 is none
     balanced:bool=False # draw each count equally often
     cache:str|Path|bool|None=None # a folder for decoded pictures; None for memory, if they fit; False (none on a command line) for no cache
