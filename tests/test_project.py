@@ -45,7 +45,12 @@ def test_the_readme_is_in_step_and_its_links_lead_somewhere():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_script_mends_links_and_tells_when_it_is_not_in_step():
+def test_the_reference_and_the_sidebar_are_in_step():
+    done = subprocess.run([sys.executable, root / "tools/reference.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_script_repairs_links_and_tells_when_it_is_not_in_step():
     sys.path.insert(0, str(root / "tools"))
     try: import readme
     finally: sys.path.pop(0)
