@@ -36,7 +36,9 @@ def rooms(folder):
 def main(check):
     page = ["---", "title: Reference", "description: Every wing and room of the library, in import order.", "---", "",
             "A wing is a stage of the work: a folder of notebooks and a package. A room is a notebook and its module. A room builds",
-            "only on earlier rooms.", ""]
+            "only on earlier rooms.", "",
+            "In the examples, `home` is a temporary folder that the notebook creates and removes (`home = Path(tempfile.mkdtemp())`), and",
+            "`test_eq` from `fastcore.test` checks that two values are equal. `terminal` runs a command line as a terminal would.", ""]
     sidebar = []
     for folder in sorted(p for p in nbs.iterdir() if re.fullmatch(r"\d\d_\w+", p.name)):
         wing, sentence = WINGS[folder.name[3:]]
