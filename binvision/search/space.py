@@ -85,14 +85,14 @@ class Around(BaseModel):
     around:Literal["lr_find"]
     factor:Annotated[float, Field(gt=1, allow_inf_nan=False)]=10.
 
-# %% ../../nbs/08_search/01_space.ipynb #23419853
+# %% ../../nbs/08_search/01_space.ipynb #44c0dc50
 def _is_number(kind):
     "Whether a setting is a number."
     if get_origin(kind) is Annotated: return _is_number(get_args(kind)[0])
     if get_origin(kind) is Literal: return isinstance(get_args(kind)[0], int)
     return kind in (int, float)
 
-
+# %% ../../nbs/08_search/01_space.ipynb #da423e1a
 def _no_truth(value):
     "Refuse true and false, which would count as 1 and 0."
     if isinstance(value, bool): raise ValueError("input should be a number")
@@ -106,7 +106,7 @@ def _entry_type(name, entry, kind):
     if not isinstance(entry, dict): return kind
     return Around if name == "lr" and "around" in entry else Range[kind]
 
-# %% ../../nbs/08_search/01_space.ipynb #f3d7ee86
+# %% ../../nbs/08_search/01_space.ipynb #c7cf983f
 def _hint(entry, kind, comment):
     "What to do about an error of a kind in an entry."
     if not isinstance(entry, dict) or kind not in ("missing", "extra_forbidden", "value_error"): return comment
@@ -123,7 +123,7 @@ def _complaint(name, entry, error, where, comment):
     hint = _hint(entry, first["type"], comment)
     return UsageError(f"{where}: {place}{value}: {message[0].lower()}{message[1:]}", hint)
 
-# %% ../../nbs/08_search/01_space.ipynb #2b456692
+# %% ../../nbs/08_search/01_space.ipynb #9bbca7ff
 def _read_entry(name, entry, kind, where, comment):
     "One checked entry, as plain values."
     if isinstance(entry, dict) and not _is_number(kind):
@@ -138,7 +138,7 @@ def _read_entry(name, entry, kind, where, comment):
     values = list(dict.fromkeys(found))
     return {"choices": values} if len(values) > 1 else values[0]
 
-# %% ../../nbs/08_search/01_space.ipynb #c8444174
+# %% ../../nbs/08_search/01_space.ipynb #821183e3
 _EXAMPLE = "write one line for each name, such as batch_size: [16, 32]"
 
 
@@ -155,7 +155,7 @@ def _read_yaml(path):
         problem = getattr(e, "problem", None) or e
         raise UsageError(f"{path}{line}: not YAML ({problem})", _EXAMPLE) from e
 
-# %% ../../nbs/08_search/01_space.ipynb #6fd43b09
+# %% ../../nbs/08_search/01_space.ipynb #457a0df4
 def read_space(
     source=None, # a YAML file or a dict; None for the default
     frozen:bool=False, # for a search of heads on a frozen backbone
@@ -174,7 +174,7 @@ def read_space(
     raise UsageError(f"{where}: every name has one value, so there is nothing to search",
                      "give at least one name a list or a range")
 
-# %% ../../nbs/08_search/01_space.ipynb #bdfe1279
+# %% ../../nbs/08_search/01_space.ipynb #c50cf361
 def _draw(trial, name, entry):
     "One value of an entry that is a range or a list of choices."
     if "choices" in entry: return trial.suggest_categorical(name, entry["choices"])
@@ -182,7 +182,7 @@ def _draw(trial, name, entry):
     if isinstance(low, int): return trial.suggest_int(name, low, high, step=step or 1, log=log)
     return trial.suggest_float(name, low, high, step=step, log=log)
 
-# %% ../../nbs/08_search/01_space.ipynb #fb619442
+# %% ../../nbs/08_search/01_space.ipynb #0ff11984
 def suggest(
     trial, # an Optuna trial
     space:dict, # from read_space
@@ -195,7 +195,7 @@ def suggest(
         else: config["lr_factor"] = trial.suggest_float("lr_factor", 1 / entry["factor"], entry["factor"], log=True)
     return config
 
-# %% ../../nbs/08_search/01_space.ipynb #c6897f82
+# %% ../../nbs/08_search/01_space.ipynb #23c4b1fa
 def _middle(entry):
     "The value in the middle of an entry."
     if not isinstance(entry, dict): return entry
