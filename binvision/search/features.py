@@ -52,13 +52,13 @@ def _feature_key(config, rows):
         digest.update(f"{r.id},{r.count},{r.part},{stat.st_size},{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/08_search/02_features.ipynb #f97ead47
+# %% ../../nbs/08_search/02_features.ipynb #315babe9
 def _frozen_part(model):
     "The layers of a model without a head's parameters, and the number of the head's layers among them."
     first = next(n for n, layer in enumerate(model[1]) if any(True for _ in layer.parameters()))
     return nn.Sequential(model[0], *model[1][:first]).eval(), first
 
-
+# %% ../../nbs/08_search/02_features.ipynb #7c76cbd9
 def _features(net, dl, views, part):
     "The features of a loader's pictures, as they are and mirrored: views × n × d."
     found = []
@@ -68,7 +68,7 @@ def _features(net, dl, views, part):
             found.append(torch.stack([net(v).flatten(1).float().cpu() for v in (x, x.flip(-1))[:views]]).numpy())
     return np.concatenate(found, axis=1)
 
-# %% ../../nbs/08_search/02_features.ipynb #d108c439
+# %% ../../nbs/08_search/02_features.ipynb #dd050c98
 def _write_features(folder, net, dls, rows):
     "Write the features and labels of the training and validation pictures."
     index = {count: n for n, count in enumerate(dls.vocab)}
@@ -77,7 +77,7 @@ def _write_features(folder, net, dls, rows):
         np.save(folder/f"{part}.npy", _features(net, dls.test_dl(list(own.path), bs=64), views, part))
         np.save(folder/f"{part}_labels.npy", np.array([index[int(c)] for c in own["count"]]))
 
-# %% ../../nbs/08_search/02_features.ipynb #9198b858
+# %% ../../nbs/08_search/02_features.ipynb #55b337bf
 def cache_features(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
@@ -106,7 +106,7 @@ def cache_features(
         (unfinished/"about.json").write_text(json.dumps(config, default=str))
     return kept
 
-# %% ../../nbs/08_search/02_features.ipynb #c10eb826
+# %% ../../nbs/08_search/02_features.ipynb #bece3cf4
 class FeatureLoader(DataLoader):
     "Batches of cached features; in training each picture is mirrored or not, at random."
 
@@ -122,14 +122,14 @@ class FeatureLoader(DataLoader):
 
     def retain(self, res, b): return res
 
-# %% ../../nbs/08_search/02_features.ipynb #94a5175c
+# %% ../../nbs/08_search/02_features.ipynb #60d310bd
 @functools.lru_cache(2)
 def _load_features(folder, device):
     "Cached features as tensors on the device: training, its labels, validation, its labels."
     names = ("train", "train_labels", "valid", "valid_labels")
     return tuple(torch.from_numpy(np.load(Path(folder)/f"{name}.npy")).to(device) for name in names)
 
-# %% ../../nbs/08_search/02_features.ipynb #4166d23a
+# %% ../../nbs/08_search/02_features.ipynb #f8292c53
 def head_learner(
     features:str|os.PathLike, # a folder from cache_features
     counts:list, # the counts that the classes stand for
@@ -150,7 +150,7 @@ def head_learner(
     learn.weights = None
     return learn
 
-# %% ../../nbs/08_search/02_features.ipynb #efaa4d5b
+# %% ../../nbs/08_search/02_features.ipynb #fa162607
 def put_head(
     learn:Learner, # from bin_learner: the backbone that the features came from
     head:nn.Module, # what head_learner trained
