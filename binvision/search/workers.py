@@ -46,16 +46,16 @@ def _recorded(trial, folder):
         with contextlib.suppress(UpdateFinishedTrialError): trial.set_user_attr("seconds", seconds)
         shutil.rmtree(folder/"checkpoints", ignore_errors=True)
 
-# %% ../../nbs/08_search/06_workers.ipynb #a9acb547
-class _Surplus(Exception): pass
-
-
+# %% ../../nbs/08_search/06_workers.ipynb #d3f8dd56
 def _sign(trial, storage, study_name, worker):
     "Record that a trial has begun, and who has it."
     study_id = storage.get_study_id_from_name(study_name)
     storage.record_heartbeat(storage.get_trial_id_from_study_id_trial_number(study_id, trial.number))
     trial.set_user_attr("started", trial.number)
     trial.set_user_attr("worker", worker)
+
+# %% ../../nbs/08_search/06_workers.ipynb #02edf7f3
+class _Surplus(Exception): pass
 
 
 def _step_back(trial, study, wanted):
@@ -67,7 +67,7 @@ def _step_back(trial, study, wanted):
     trial.set_user_attr("surplus", True)
     raise _Surplus
 
-# %% ../../nbs/08_search/06_workers.ipynb #d8c2237e
+# %% ../../nbs/08_search/06_workers.ipynb #6f452237
 def _free_memory(job):
     "Free what a trial has used: a learner and its callbacks hold each other, and with them the memory of a GPU."
     if not job.search.frozen: gc.collect()
@@ -86,7 +86,7 @@ def _objective(study, storage, job, worker, numbers):
         finally: _free_memory(job)
     return objective
 
-# %% ../../nbs/08_search/06_workers.ipynb #5c81459f
+# %% ../../nbs/08_search/06_workers.ipynb #2ccfc898
 def _give_back(study, number):
     "Queue an interrupted trial again."
     trial = study.get_trials(deepcopy=False)[number]
@@ -95,7 +95,7 @@ def _give_back(study, number):
 
 def _failed(study, number): return study.get_trials(deepcopy=False)[number].state == TrialState.FAIL
 
-
+# %% ../../nbs/08_search/06_workers.ipynb #22e6d005
 def _text(value):
     "A value of a line: short, and in quotes if it contains spaces."
     if isinstance(value, float): return f"{value:.4g}"
@@ -109,7 +109,7 @@ def _print_trial(study, number, metric):
     shown = [f"{name}={_text(value)}" for name, value in row.items() if name not in hidden]
     if row["state"] != "released": print(*shown, flush=True)
 
-# %% ../../nbs/08_search/06_workers.ipynb #7362060e
+# %% ../../nbs/08_search/06_workers.ipynb #83c3f714
 def run_trial(
     study:optuna.Study,
     storage:RDBStorage, # from open_study, like the study
@@ -129,7 +129,7 @@ def run_trial(
         return print(f"trial={numbers[-1]} state=released: silent for too long, so another process has it", flush=True)
     _print_trial(study, numbers[-1], job.search.metric)
 
-# %% ../../nbs/08_search/06_workers.ipynb #1d735498
+# %% ../../nbs/08_search/06_workers.ipynb #ae8c19da
 def worker_name(
     job:Job,
     n:int, # number of the worker on this machine
@@ -137,7 +137,7 @@ def worker_name(
     "The name of a worker; where machines share a database, no two have the same."
     return str(n) if job.search.storage.startswith("sqlite") else f"{platform.node()}-{os.getpid()}"
 
-# %% ../../nbs/08_search/06_workers.ipynb #9f7c93ed
+# %% ../../nbs/08_search/06_workers.ipynb #a1a0d858
 def work(
     job:Job,
     worker:str, # from worker_name
@@ -152,7 +152,7 @@ def work(
             if ended + running >= job.search.trials: time.sleep(.5)
             else: run_trial(study, storage, job, worker)
 
-# %% ../../nbs/08_search/06_workers.ipynb #d8a2f27f
+# %% ../../nbs/08_search/06_workers.ipynb #916e8138
 def _process(job, n):
     "The main function of a worker process."
     torch.set_num_threads(max(1, cores() // job.search.workers))
@@ -165,7 +165,7 @@ def _process(job, n):
         print(f"worker {n}: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
 
-# %% ../../nbs/08_search/06_workers.ipynb #a3eb5278
+# %% ../../nbs/08_search/06_workers.ipynb #0d596cc8
 @contextlib.contextmanager
 def _calm_imports():
     "Let processes that start in the block ignore a warning that fastai gives on import."
@@ -176,7 +176,7 @@ def _calm_imports():
         if before is None: del os.environ["PYTHONWARNINGS"]
         else: os.environ["PYTHONWARNINGS"] = before
 
-
+# %% ../../nbs/08_search/06_workers.ipynb #d4b08cae
 def _join(processes):
     "Wait for all processes; after Ctrl-C too, which they have received as well."
     try:
@@ -185,7 +185,7 @@ def _join(processes):
         for p in processes: p.join()
         raise
 
-# %% ../../nbs/08_search/06_workers.ipynb #f002480b
+# %% ../../nbs/08_search/06_workers.ipynb #50c6a5bc
 def run_workers(
     job:Job,
 ):
