@@ -30,7 +30,7 @@ from .publish import calibrate, write_model
 from .recipes import recipe_callbacks
 from .settings import TrainSettings, plain
 
-# %% ../../nbs/06_train/11_train.ipynb #084c464e
+# %% ../../nbs/06_train/11_train.ipynb #01d8f9a4
 @dataclass
 class _Run:
     "One training."
@@ -46,20 +46,20 @@ def config(self:_Run):
     "The content of config.json: what was asked for, and what decides the result."
     return {"data": str(self.data), "manifest": str(self.manifest), **plain(self.settings), **self.notes}
 
-
+# %% ../../nbs/06_train/11_train.ipynb #c30baddc
 @patch
 def write_json(self:_Run, name, content):
     if rank_distrib(): return
     with atomic_write(self.out/name, "w") as file: json.dump(content, file, indent=2)
 
-# %% ../../nbs/06_train/11_train.ipynb #7a6a8bd3
+# %% ../../nbs/06_train/11_train.ipynb #e556b0ae
 def _prepared(data, manifest, out, settings):
     "A run with everything that is known before it begins."
     mean, std = normalisation(settings.arch, settings.weights, settings.mean, settings.std)
     notes = {"manifest_sha256": read_manifest(manifest).attrs["sha256"]}
     return _Run(Path(data), Path(manifest), Path(out), replace(settings, mean=mean, std=std), notes)
 
-# %% ../../nbs/06_train/11_train.ipynb #d62c1ccb
+# %% ../../nbs/06_train/11_train.ipynb #09170bc8
 _FILES = {"config.json", "environment.json", "lr_find.png", "history.csv", "curves.png",
           "checkpoints", "tensorboard", "model"} # what a run folder holds
 _MAY_CHANGE = {"data", "manifest", "workers", "device", "cache", "compile", "hardware", "interrupted", "versions"}
@@ -71,7 +71,7 @@ def _changed(old, new):
     names = sorted((set(old) | set(new)) - _MAY_CHANGE - ({"lr"} if new["lr"] is None else set()))
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
-# %% ../../nbs/06_train/11_train.ipynb #3e5b0ef3
+# %% ../../nbs/06_train/11_train.ipynb #55424c15
 @patch
 def check_changes(self:_Run, old):
     "Raise `UsageError` if the run was begun with other settings."
@@ -81,7 +81,7 @@ def check_changes(self:_Run, old):
     raise UsageError(f"{self.out}: was begun with {name}={was}, not {now}{more}",
                      "resume with the settings and the manifest in its config.json, or choose another out")
 
-
+# %% ../../nbs/06_train/11_train.ipynb #09be9c80
 @patch
 def check_files(self:_Run):
     "Raise `UsageError` if the folder holds anything but a run."
@@ -91,7 +91,7 @@ def check_files(self:_Run):
         foreign = ", ".join(sorted(found - _FILES or found)[:3])
         raise UsageError(f"{self.out}: is not empty and holds no run, but {foreign}", "choose another out")
 
-# %% ../../nbs/06_train/11_train.ipynb #9b371706
+# %% ../../nbs/06_train/11_train.ipynb #8ba59ec9
 @patch
 def found(self:_Run, overwrite, resume):
     "None (begin), the configuration of the run to resume, or \"finished\"."
@@ -107,7 +107,7 @@ def found(self:_Run, overwrite, resume):
     self.check_changes(old)
     return "finished" if finished else old
 
-# %% ../../nbs/06_train/11_train.ipynb #1633e983
+# %% ../../nbs/06_train/11_train.ipynb #258fa4a2
 @patch
 def clear(self:_Run):
     "Make the folder an empty run folder; only a run's own files are removed."
@@ -117,7 +117,7 @@ def clear(self:_Run):
         else: path.unlink()
     self.write_json("config.json", {})
 
-# %% ../../nbs/06_train/11_train.ipynb #49fb4963
+# %% ../../nbs/06_train/11_train.ipynb #98654371
 @patch
 def loaders(self:_Run):
     "The DataLoaders that the settings describe."
@@ -125,7 +125,7 @@ def loaders(self:_Run):
     return bin_dataloaders(self.data, self.manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment,
                            s.workers, s.device, s.cache, s.balanced)
 
-
+# %% ../../nbs/06_train/11_train.ipynb #b4833f8d
 @patch
 def learner(self:_Run, resumed):
     "The learner that the settings describe; a resumed run takes its weights from the checkpoint."
@@ -134,7 +134,7 @@ def learner(self:_Run, resumed):
     learn.weights = s.weights
     return learn
 
-# %% ../../nbs/06_train/11_train.ipynb #03f39677
+# %% ../../nbs/06_train/11_train.ipynb #fd9909a8
 def _hardware(device):
     "What does the work, and with which precision."
     if torch.device(device).type == "cuda":
@@ -149,7 +149,7 @@ def announce(self:_Run, dls):
     say(f"{self.settings.arch} on {self.notes['hardware']}{processes}; {len(dls.train_ds):,} bins to train, "
         f"{len(dls.valid_ds):,} to validate, {dls.pictures}")
 
-# %% ../../nbs/06_train/11_train.ipynb #1b384585
+# %% ../../nbs/06_train/11_train.ipynb #e51223a3
 @patch
 def search_lr(self:_Run, learn):
     "The suggested learning rate; its picture goes into the run folder. The first of several processes searches."
@@ -159,13 +159,13 @@ def search_lr(self:_Run, learn):
     say(f"lr_find suggests {lr:.2g}")
     return from_first(lr)
 
-
+# %% ../../nbs/06_train/11_train.ipynb #e152f23d
 def _compile(learn):
     "Let torch compile the network while it trains, where that is known to pay; the weights and their names stay."
     if torch.device(learn.dls.device).type == "cuda": learn.model.compile()
     else: say("compile: left out, it works on CUDA only")
 
-# %% ../../nbs/06_train/11_train.ipynb #afca570a
+# %% ../../nbs/06_train/11_train.ipynb #4ec515b4
 @patch
 def finish(self:_Run, learn, **notes):
     "Calibrate, write the model folder and the curves. The first of several processes does it."
@@ -179,7 +179,7 @@ def finish(self:_Run, learn, **notes):
     say(f"validation: accuracy={m['accuracy']:.4f} mae={m['mae']:.3f} n={m['n']} temperature={temperature:.2f}")
     say(f"model: {self.out/'model'}")
 
-# %% ../../nbs/06_train/11_train.ipynb #50b419f4
+# %% ../../nbs/06_train/11_train.ipynb #4f770d8b
 @patch
 def rescue(self:_Run, learn):
     "Write the best epoch so far, after Ctrl-C."
@@ -187,7 +187,7 @@ def rescue(self:_Run, learn):
     self.finish(learn, interrupted=True)
     raise KeyboardInterrupt(f"the best epoch so far is in {self.out/'model'}; resume with --resume") from None
 
-
+# %% ../../nbs/06_train/11_train.ipynb #d5be70fd
 @patch
 def fit(self:_Run, learn, resumed, cbs):
     "Fine-tune, and write the model."
@@ -203,7 +203,7 @@ def fit(self:_Run, learn, resumed, cbs):
         raise UsageError(f"{self.out}: the training loss is not finite", f"pass a learning rate well below {s.lr:.2g}")
     self.finish(learn)
 
-# %% ../../nbs/06_train/11_train.ipynb #086c114d
+# %% ../../nbs/06_train/11_train.ipynb #4b1e848d
 def _train(run, old, cbs):
     "Begin a run, or resume the one that had the configuration `old`."
     s = run.settings
@@ -221,7 +221,7 @@ def _train(run, old, cbs):
     run.fit(learn, bool(old), [*recipe, *(cbs or [])])
     distrib_barrier()  # no process returns before the model is written
 
-# %% ../../nbs/06_train/11_train.ipynb #1c3f1aef
+# %% ../../nbs/06_train/11_train.ipynb #03bde9d4
 @takes(TrainSettings)
 def train(
     data:str|os.PathLike, # the data set folder
