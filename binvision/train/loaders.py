@@ -36,13 +36,20 @@ def _checked_rows(data, manifest):
                              "split with larger fractions or more data")
     return rows
 
-# %% ../../nbs/06_train/02_loaders.ipynb #11f873eb
+# %% ../../nbs/06_train/02_loaders.ipynb #7b6630f3
 class CountOf(Transform):
     "The count of a picture, looked up by its path."
     def __init__(self, counts): self.counts = counts
     def encodes(self, path:Path): return self.counts[path]
 
-# %% ../../nbs/06_train/02_loaders.ipynb #fe2ebb32
+# %% ../../nbs/06_train/02_loaders.ipynb #f39ae7e9
+def _datasets(rows, count):
+    "fastai datasets of pictures and counts; the first is for training, the second for validation."
+    splits = [list(np.flatnonzero(rows.part == part)) for part in ("train", "valid")]
+    vocab = sorted(set(count.values()))
+    return Datasets(list(rows.path), [[open_bin], [CountOf(count), Categorize(vocab=vocab)]], splits=splits)
+
+# %% ../../nbs/06_train/02_loaders.ipynb #aa045abb
 class BinLoader(TfmdDL):
     "A fastai loader that takes batches from decoded pictures if it has them, and can draw a balanced order."
     pixels = labels = balance = None
@@ -52,21 +59,27 @@ class BinLoader(TfmdDL):
         if self.pixels is None: return super().create_batches(samps)
         return map(self.decoded_batch, chunked(samps, self.bs, self.drop_last))
 
-# %% ../../nbs/06_train/02_loaders.ipynb #fa9aab86
+# %% ../../nbs/06_train/02_loaders.ipynb #afc3ed3e
 @patch
 def decoded_batch(self:BinLoader, places:list):
     "The pictures and labels at these places of the data set."
     at = torch.tensor(places, device=self.pixels.device)
     return TensorImage(self.pixels[at].permute(0, 3, 1, 2)), TensorCategory(self.labels[at])
 
-# %% ../../nbs/06_train/02_loaders.ipynb #b1ea39e8
+# %% ../../nbs/06_train/02_loaders.ipynb #1e0e7423
 @patch
 def shuffle_fn(self:BinLoader, idxs):
     "A random order; with `balance`, places drawn with those weights."
     if self.balance is None: return super(BinLoader, self).shuffle_fn(idxs)
     return self.rng.choices(idxs, self.balance, k=len(idxs))
 
-# %% ../../nbs/06_train/02_loaders.ipynb #c30c1b29
+# %% ../../nbs/06_train/02_loaders.ipynb #0a725527
+def _balance(dl, count):
+    "Weights of a loader's pictures that make each count equally likely."
+    often = Counter(count[p] for p in dl.dataset.items)
+    return [1 / often[count[p]] for p in dl.dataset.items]
+
+# %% ../../nbs/06_train/02_loaders.ipynb #fd1f611a
 @patch
 def new(self:BinLoader, dataset=None, cls=None, **kwargs):
     "A copy of this loader, for `dataset` or for the same one."
@@ -77,20 +90,20 @@ def new(self:BinLoader, dataset=None, cls=None, **kwargs):
     res.decoders = self.decoders
     return res
 
-# %% ../../nbs/06_train/02_loaders.ipynb #fd50c31e
+# %% ../../nbs/06_train/02_loaders.ipynb #d4e7e941
 class _Rows:
     "Some rows of a tensor, without a copy of them."
     def __init__(self, tensor, rows): self.tensor, self.rows, self.device = tensor, rows, tensor.device
     def __getitem__(self, at): return self.tensor[self.rows[at]]
 
-
+# %% ../../nbs/06_train/02_loaders.ipynb #93e8f995
 def _give_pixels(dl, pixels, place):
     "Let a loader read its pictures from `pixels`, in which `place` says where each path is."
     dl.decoders, dl.fake_l.num_workers = dl.fake_l.num_workers, 0
     dl.labels = torch.tensor([dl.vocab.o2i[dl.counts[p]] for p in dl.dataset.items]).to(pixels.device)
     dl.pixels = _Rows(pixels, torch.tensor([place[p] for p in dl.dataset.items]).to(pixels.device))
 
-# %% ../../nbs/06_train/02_loaders.ipynb #7508e761
+# %% ../../nbs/06_train/02_loaders.ipynb #ef44a845
 def _hold(dls, paths, fit, cache, root):
     "Give the loaders their pictures, decoded, if they fit into memory. Returns a phrase about where they are."
     n_bytes = len(paths) * fit.size**2 * 3
@@ -103,20 +116,7 @@ def _hold(dls, paths, fit, cache, root):
     for dl in dls.loaders: _give_pixels(dl, pixels, {path: n for n, path in enumerate(paths)})
     return f"decoded once, in {where}"
 
-# %% ../../nbs/06_train/02_loaders.ipynb #5ad0917a
-def _datasets(rows, count):
-    "fastai datasets of pictures and counts; the first is for training, the second for validation."
-    splits = [list(np.flatnonzero(rows.part == part)) for part in ("train", "valid")]
-    vocab = sorted(set(count.values()))
-    return Datasets(list(rows.path), [[open_bin], [CountOf(count), Categorize(vocab=vocab)]], splits=splits)
-
-
-def _balance(dl, count):
-    "Weights of a loader's pictures that make each count equally likely."
-    often = Counter(count[p] for p in dl.dataset.items)
-    return [1 / often[count[p]] for p in dl.dataset.items]
-
-# %% ../../nbs/06_train/02_loaders.ipynb #24dfa99a
+# %% ../../nbs/06_train/02_loaders.ipynb #808c301e
 def bin_dataloaders(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
