@@ -36,7 +36,7 @@ from .study import best_trial, count_trials, hide_password, quiet, trials_table
 from .trial import Job, full_learner, make_job, open_study, trial_learner
 from .workers import run_workers
 
-# %% ../../nbs/08_search/07_search.ipynb #3467ae36
+# %% ../../nbs/08_search/07_search.ipynb #3e70298c
 def _check_names(job):
     "Raise `UsageError` for architectures, losses and weights that a search cannot use."
     for arch in job.choices("arch"):
@@ -52,7 +52,7 @@ def _check_names(job):
     if weights not in (None, "imagenet") and not Path(weights).exists():
         raise UsageError(f"{weights}: no such file", "check the path of the weights")
 
-# %% ../../nbs/08_search/07_search.ipynb #a1107448
+# %% ../../nbs/08_search/07_search.ipynb #f84b9092
 _OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
@@ -70,7 +70,7 @@ def _check_places(job):
     if not other: return
     raise UsageError(f"{job.out}: is not empty and holds no search, but {', '.join(other[:3])}", "choose another out")
 
-# %% ../../nbs/08_search/07_search.ipynb #8d421a3a
+# %% ../../nbs/08_search/07_search.ipynb #f3cd9811
 def _about(job):
     "What has to be the same for two trials to be comparable; fit for JSON."
     fixed = {name: value for name, value in job.fixed.items() if name not in ("device", "cache")}
@@ -79,7 +79,7 @@ def _about(job):
              "manifest_sha256": sha256(job.manifest), "options": fixed}
     return json.loads(json.dumps(about))
 
-
+# %% ../../nbs/08_search/07_search.ipynb #c9385863
 def _different(new, old): return [name for name in new if old.get(name) != new[name]]
 
 
@@ -95,7 +95,7 @@ def _claim(study, job):
         raise UsageError(f"{job.out}: its study is about something else (different: {', '.join(other)})",
                          "choose another out (and with a storage another study)")
 
-# %% ../../nbs/08_search/07_search.ipynb #3adb6750
+# %% ../../nbs/08_search/07_search.ipynb #79de044b
 def _write_json(path, content):
     "Write a JSON file."
     with atomic_write(path, "w") as file: json.dump(content, file, indent=2, default=str)
@@ -108,7 +108,7 @@ def _write_settings(job):
     places = {"data": job.data, "manifest": job.manifest, "out": job.out}
     _write_json(Path(job.out)/"config.json", places | settings | {"versions": versions(*PACKAGES, "optuna")})
 
-# %% ../../nbs/08_search/07_search.ipynb #8d7653fe
+# %% ../../nbs/08_search/07_search.ipynb #185185d6
 def _find_rates(study, job):
     "Ask lr_find for a learning rate for every architecture, once a study."
     lr = job.entry("lr")
@@ -123,7 +123,18 @@ def _find_rates(study, job):
         print(f"lr_find suggests {rate:.2g} for {arch}", flush=True)
         study.set_user_attr("lr_find", known | {arch: rate})
 
-# %% ../../nbs/08_search/07_search.ipynb #2f0da9ab
+# %% ../../nbs/08_search/07_search.ipynb #1f93abfc
+def _run(study, job):
+    "Run the workers; after Ctrl-C say what is kept."
+    with quiet(): ended = count_trials(study)[0]
+    n = job.search.trials
+    if ended: print(f"{job.out}: resumes after {min(ended, n)} of {n} trials", flush=True)
+    try: run_workers(job)
+    except KeyboardInterrupt:
+        ended = count_trials(study)[0]
+        raise KeyboardInterrupt(f"{ended} of {n} trials are kept in {job.out}; the same command resumes it") from None
+
+# %% ../../nbs/08_search/07_search.ipynb #5b771cc1
 def _write_table(study, job):
     "Write trials.csv. Raises `UsageError` if no trial was completed."
     path = Path(job.out)/"trials.csv"
@@ -139,7 +150,7 @@ def _write_table(study, job):
         print(f"{len(failed)} of {n} trials failed; {path} has the reasons", file=sys.stderr, flush=True)
     return table
 
-# %% ../../nbs/08_search/07_search.ipynb #bc31232b
+# %% ../../nbs/08_search/07_search.ipynb #ce6c6741
 def _write_best(study, job, table):
     "Write best.json; weights and device are those of this machine, even if another one found the configuration."
     best, about = best_trial(study), study.user_attrs["about"]
@@ -151,7 +162,7 @@ def _write_best(study, job, table):
     _write_json(Path(job.out)/"best.json", note)
     return note
 
-
+# %% ../../nbs/08_search/07_search.ipynb #4f0bba51
 def _write_pictures(study, job, table):
     "Write the pictures of the study."
     pictures = {"history": plot_trials, "parallel": plot_parallel, "curves": plot_curves}
@@ -160,19 +171,7 @@ def _write_pictures(study, job, table):
         with quiet(), atomic_write(Path(job.out)/f"{name}.png") as file:
             draw(study).savefig(file, format="png", dpi=110)
 
-# %% ../../nbs/08_search/07_search.ipynb #80cb084d
-def _head_model(job, config, note):
-    "Train the best head again, put it on its backbone, calibrate both, and write them as a model folder."
-    set_seed(config["seed"])
-    head = trial_learner(job, config, job.out)
-    with head.no_bar(), head.no_logging(): head.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepBest()])
-    learn = full_learner(job, config | {"augment": 0}, job.out)
-    put_head(learn, head.model)
-    temperature, metrics = calibrate(learn)
-    return write_model(learn, Path(job.out)/"model", temperature=temperature, manifest_sha256=note["manifest_sha256"],
-                       training=config | {"frozen": True}, metrics={"valid": metrics})
-
-# %% ../../nbs/08_search/07_search.ipynb #19e78ff1
+# %% ../../nbs/08_search/07_search.ipynb #f406e634
 def _report(study, job):
     "Write trials.csv, best.json, the pictures and, in a frozen search, the model."
     table = _write_table(study, job)
@@ -182,7 +181,7 @@ def _report(study, job):
           f"(an optimistic figure: it is the best of {note['trials']})", flush=True)
     if job.search.frozen: print(f"model: {_head_model(job, note['config'], note)}", flush=True)
 
-# %% ../../nbs/08_search/07_search.ipynb #d2488163
+# %% ../../nbs/08_search/07_search.ipynb #cf959edd
 @takes(SearchSettings)
 def search(
     data:str|os.PathLike, # the data set folder
@@ -205,18 +204,7 @@ def search(
     _report(study, job)
     return Path(out)
 
-# %% ../../nbs/08_search/07_search.ipynb #b64587e8
-def _run(study, job):
-    "Run the workers; after Ctrl-C say what is kept."
-    with quiet(): ended = count_trials(study)[0]
-    n = job.search.trials
-    if ended: print(f"{job.out}: resumes after {min(ended, n)} of {n} trials", flush=True)
-    try: run_workers(job)
-    except KeyboardInterrupt:
-        ended = count_trials(study)[0]
-        raise KeyboardInterrupt(f"{ended} of {n} trials are kept in {job.out}; the same command resumes it") from None
-
-# %% ../../nbs/08_search/07_search.ipynb #e08dc1a2
+# %% ../../nbs/08_search/07_search.ipynb #7ae04efe
 def read_best(
     folder:str|os.PathLike, # the run folder of a search
 )->dict: # settings of train
@@ -228,3 +216,15 @@ def read_best(
     if note["frozen"]: config["frozen_epochs"] = config.pop("epochs")
     known = {f.name for f in fields(TrainSettings)} - {"device"}
     return {name: value for name, value in config.items() if name in known}
+
+# %% ../../nbs/08_search/07_search.ipynb #fb96910f
+def _head_model(job, config, note):
+    "Train the best head again, put it on its backbone, calibrate both, and write them as a model folder."
+    set_seed(config["seed"])
+    head = trial_learner(job, config, job.out)
+    with head.no_bar(), head.no_logging(): head.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepBest()])
+    learn = full_learner(job, config | {"augment": 0}, job.out)
+    put_head(learn, head.model)
+    temperature, metrics = calibrate(learn)
+    return write_model(learn, Path(job.out)/"model", temperature=temperature, manifest_sha256=note["manifest_sha256"],
+                       training=config | {"frozen": True}, metrics={"valid": metrics})
