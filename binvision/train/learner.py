@@ -109,24 +109,15 @@ def _phases(learn, lr, epochs, frozen_epochs, depth):
     if epochs: phases.append(("all layers", max(0, n - depth), epochs, slice(lr / 200, lr / 2) if pretrained else lr))
     return phases
 
-# %% ../../nbs/06_train/09_learner.ipynb #d6e7d136
-def _fit_phase(learn, phase, first, cbs, log, best, stop):
-    "Train one phase from its epoch `first` on."
-    log.phase, first_group, epochs, rates = phase
-    if first and (first >= epochs or stop.over(log.phase)): return best.put_back(learn)  # it had ended already
-    learn.freeze_to(first_group)
-    learn.fit_one_cycle(epochs, rates, cbs=cbs, start_epoch=first)
+# %% ../../nbs/06_train/09_learner.ipynb #b4689122
+def _writers(learn, log, best, checkpoint, tensorboard):
+    "The callbacks that write files, and those that join several processes."
+    cbs = [Checkpoint(checkpoint, log, best)] if checkpoint else []
+    if tensorboard: cbs.append(TensorBoardLog(tensorboard, log))
+    if num_distrib() > 1: cbs.append(many_processes(learn.dls.device))
+    return cbs
 
-# %% ../../nbs/06_train/09_learner.ipynb #81ee98ab
-def _continue(learn, log, best, checkpoint, phases):
-    "Put a checkpoint back: the phases that are left, the next epoch in the first of them, and the callback for it."
-    tensors, state = read_checkpoint(checkpoint)
-    resume = restore(learn, log, best, tensors, state)
-    say(f"resuming after epoch {len(log.rows)}")
-    names = [name for name, *_ in phases]
-    return phases[names.index(state["phase"]):], state["epoch"] + 1, [resume]
-
-
+# %% ../../nbs/06_train/09_learner.ipynb #2e78aec7
 @contextmanager
 def _tidy(learn, best):
     "Train silently; after Ctrl-C the learner has the best weights so far."
@@ -139,15 +130,24 @@ def _tidy(learn, best):
         raise
     finally: learn.loss_func = loss  # some callbacks exchange it while they train
 
-# %% ../../nbs/06_train/09_learner.ipynb #2dda6927
-def _writers(learn, log, best, checkpoint, tensorboard):
-    "The callbacks that write files, and those that join several processes."
-    cbs = [Checkpoint(checkpoint, log, best)] if checkpoint else []
-    if tensorboard: cbs.append(TensorBoardLog(tensorboard, log))
-    if num_distrib() > 1: cbs.append(many_processes(learn.dls.device))
-    return cbs
+# %% ../../nbs/06_train/09_learner.ipynb #6a04a7a2
+def _fit_phase(learn, phase, first, cbs, log, best, stop):
+    "Train one phase from its epoch `first` on."
+    log.phase, first_group, epochs, rates = phase
+    if first and (first >= epochs or stop.over(log.phase)): return best.put_back(learn)  # it had ended already
+    learn.freeze_to(first_group)
+    learn.fit_one_cycle(epochs, rates, cbs=cbs, start_epoch=first)
 
-# %% ../../nbs/06_train/09_learner.ipynb #a101c4d6
+# %% ../../nbs/06_train/09_learner.ipynb #a549bbac
+def _continue(learn, log, best, checkpoint, phases):
+    "Put a checkpoint back: the phases that are left, the next epoch in the first of them, and the callback for it."
+    tensors, state = read_checkpoint(checkpoint)
+    resume = restore(learn, log, best, tensors, state)
+    say(f"resuming after epoch {len(log.rows)}")
+    names = [name for name, *_ in phases]
+    return phases[names.index(state["phase"]):], state["epoch"] + 1, [resume]
+
+# %% ../../nbs/06_train/09_learner.ipynb #4e15a00f
 def fine_tune(
     learn:Learner, # from bin_learner
     lr:float, # learning rate of the head; half of it, and down to a 200th for the early body, once all layers learn
@@ -173,14 +173,14 @@ def fine_tune(
         for n, phase in enumerate(phases): _fit_phase(learn, phase, 0 if n else first, cbs, log, best, stop)
     return log.rows
 
-# %% ../../nbs/06_train/09_learner.ipynb #5d145ae9
+# %% ../../nbs/06_train/09_learner.ipynb #2ed63745
 def _plot_loss(ax, rows):
     "Training and validation loss after each epoch."
     new_axes(ax, "Loss", "epoch", "loss, nats")
     ax.plot(rows.epoch, rows.train_loss, color=GREY, label="train")
     ax.plot(rows.epoch, rows.valid_loss, color=MAIN, marker=".", label="validation")
 
-
+# %% ../../nbs/06_train/09_learner.ipynb #ae822df2
 def _plot_metrics(ax, rows):
     "Accuracy and mean absolute error after each epoch."
     new_axes(ax, "On the validation part", "epoch")
@@ -188,7 +188,7 @@ def _plot_metrics(ax, rows):
     ax.plot(rows.epoch, rows.mae, color=ACCENT, marker=".", label="mean absolute error, items")
     ax.set_ylim(0, None)
 
-# %% ../../nbs/06_train/09_learner.ipynb #99bd44de
+# %% ../../nbs/06_train/09_learner.ipynb #0d66ef26
 def plot_history(
     history, # history.csv of a run, or its rows as a DataFrame
     axes=None, # two matplotlib axes; None makes a figure
