@@ -56,7 +56,7 @@ def calibrate(
         for tensor in learn.model[1][-1].parameters(): tensor /= temperature
     return temperature, metrics
 
-# %% ../../nbs/06_train/10_publish.ipynb #469dcfc1
+# %% ../../nbs/06_train/10_publish.ipynb #31378a7f
 def _without_traces(proto):
     "An ONNX model without torch's notes on where each node comes from: they name files of this machine."
     for entry in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
@@ -73,7 +73,7 @@ def _onnx_bytes(model, images):
                                     dynamic_shapes=({0: torch.export.Dim("n")},), external_data=False, verbose=False)
     return _without_traces(program.model_proto).SerializeToString()
 
-
+# %% ../../nbs/06_train/10_publish.ipynb #e700cf06
 def _export_onnx(model, size):
     "The network as ONNX bytes, after checking that ONNX Runtime gives torch's logits."
     import onnxruntime as ort
@@ -86,7 +86,7 @@ def _export_onnx(model, size):
     raise ModelError(f"the exported network differs from torch's by up to {np.abs(got - expected).max():.2g}",
                      "use another architecture or version of torch; nothing was written")
 
-# %% ../../nbs/06_train/10_publish.ipynb #b896829c
+# %% ../../nbs/06_train/10_publish.ipynb #2b4bf512
 def save_torch(
     folder:str|os.PathLike, # the model folder; an existing one is replaced
     card:dict, # as for binvision.model.folder.save_model
@@ -96,7 +96,7 @@ def save_torch(
     onnx = _export_onnx(model.eval(), card["size"])
     return save_model(folder, card, onnx, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
 
-# %% ../../nbs/06_train/10_publish.ipynb #0a1dead1
+# %% ../../nbs/06_train/10_publish.ipynb #d21d86d3
 def _card(learn, notes):
     "The card of the learner's network."
     fit, norm = learn.dls.fit_image, learn.dls.valid.after_batch.normalize
@@ -105,12 +105,12 @@ def _card(learn, notes):
             "mean": mean, "std": std, "temperature": None, "versions": versions(), "manifest_sha256": None,
             "training": {}, "metrics": {}, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **notes}
 
-
+# %% ../../nbs/06_train/10_publish.ipynb #901dd56c
 def _on_processor(tensor):
     "A tensor on the processor, in single precision if it is not whole numbers."
     return tensor.detach().float().cpu() if tensor.is_floating_point() else tensor.cpu()
 
-# %% ../../nbs/06_train/10_publish.ipynb #8fe7d575
+# %% ../../nbs/06_train/10_publish.ipynb #3a6800d6
 def write_model(
     learn:Learner, # from bin_learner
     folder:str|os.PathLike, # the model folder; an existing one is replaced
