@@ -26,7 +26,7 @@ from ..ground.core import disk_errors
 from ..ground.machine import cores
 from ..ground.pictures import fit_image, load_image
 
-# %% ../../nbs/06_train/01_inputs.ipynb #767f4250
+# %% ../../nbs/06_train/01_inputs.ipynb #cc868928
 def open_bin(
     source:Path|str|bytes|np.ndarray|Image.Image, # the picture; fastai reads these types to know what it can pass
 )->PILImage:
@@ -78,14 +78,14 @@ def _decode_into(array, paths, resize):
         for _ in tqdm(done, total=len(paths), desc="decode", unit="image", disable=None, leave=False): pass
     return array
 
-# %% ../../nbs/06_train/01_inputs.ipynb #33df283e
+# %% ../../nbs/06_train/01_inputs.ipynb #eb486de5
 def _cache_file(paths, size, resize, cache, root):
     "Where a cache keeps these pictures."
     known = [(os.path.relpath(p, root), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
     key = hashlib.sha256(repr((1, size, resize, Image.__version__, known)).encode()).hexdigest()[:20]
     return Path(cache)/f"{size}-{resize}-{key}.npy"
 
-# %% ../../nbs/06_train/01_inputs.ipynb #bac3dc58
+# %% ../../nbs/06_train/01_inputs.ipynb #34e488a4
 @contextmanager
 def _locked(path):
     "Let only one process at a time into the block."
@@ -103,7 +103,7 @@ def _fill_cache(file, paths, shape, resize):
         os.replace(temporary, file)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/06_train/01_inputs.ipynb #5e37846c
+# %% ../../nbs/06_train/01_inputs.ipynb #149e71f0
 def decode_images(
     paths:list, # pictures
     size:int=224, # side of the square, pixels
