@@ -49,7 +49,7 @@ def _cut_body(model, arch):
                          "use timm's, for example arch='vit_small_patch16_224'")
     return nn.Sequential(*[part for name, part in children.items() if name not in ("avgpool", "fc", "classifier")])
 
-# %% ../../nbs/06_train/04_networks.ipynb #e810d8d9
+# %% ../../nbs/06_train/04_networks.ipynb #8940965c
 def _torchvision_network(arch, n_out, weights):
     "A body of torchvision, with `weights` in it, and a new head."
     model = torchvision.models.get_model(arch, weights=None)
@@ -61,7 +61,7 @@ def _torchvision_network(arch, n_out, weights):
     body = _cut_body(model, arch)
     return add_head(body, num_features_model(body), n_out)
 
-# %% ../../nbs/06_train/04_networks.ipynb #1490b907
+# %% ../../nbs/06_train/04_networks.ipynb #68acab0a
 def _timm_network(arch, n_out, weights):
     "A body of timm, with `weights` in it, and a new head."
     file = installed_weights(arch) if weights == "imagenet" else weights
@@ -72,7 +72,7 @@ def _timm_network(arch, n_out, weights):
     elif file is not None: load_backbone(body, read_weights(file), file, arch)
     return model
 
-# %% ../../nbs/06_train/04_networks.ipynb #92396871
+# %% ../../nbs/06_train/04_networks.ipynb #7c5145ee
 def _from_torchvision(arch): return arch in torchvision.models.list_models(module=torchvision.models)
 
 
@@ -87,7 +87,7 @@ def bare_network(
     raise ModelError(f"arch {arch!r}: neither torchvision nor timm knows it",
                      "torchvision.models.list_models() and timm.list_models() give the names")
 
-# %% ../../nbs/06_train/04_networks.ipynb #12f3f1c3
+# %% ../../nbs/06_train/04_networks.ipynb #ef8f2635
 def near_zero_head(
     model:nn.Module, # body and head, the head a sequence with its linear layer at the end
 )->nn.Module: # the same model
@@ -95,7 +95,7 @@ def near_zero_head(
     nn.init.normal_(model[1][-1].weight, std=.01)
     return model
 
-# %% ../../nbs/06_train/04_networks.ipynb #ccdf3a82
+# %% ../../nbs/06_train/04_networks.ipynb #be693a1e
 class Average(nn.Module):
     "Several networks that answer as one: logits of the mean of their distributions, at a temperature."
 
@@ -107,7 +107,7 @@ class Average(nn.Module):
     def forward(self, x):
         return torch.stack([m(x).softmax(-1) for m in self.members]).mean(0).clamp(min=1e-12).log() / self.temperature
 
-# %% ../../nbs/06_train/04_networks.ipynb #9985887f
+# %% ../../nbs/06_train/04_networks.ipynb #b3c8e565
 def load_torch(
     folder:str|os.PathLike, # a model folder
 )->nn.Module: # body and head, or an Average of such networks, in evaluation mode
@@ -121,7 +121,7 @@ def load_torch(
                          "take the whole model folder from its source again") from e
     return model.eval()
 
-# %% ../../nbs/06_train/04_networks.ipynb #33bac2d2
+# %% ../../nbs/06_train/04_networks.ipynb #ed089190
 def _is_model(weights): return weights not in (None, "imagenet") and Path(weights).is_dir()
 
 
@@ -137,7 +137,7 @@ def _continued(folder, arch, n_out):
     model[1][-1] = nn.Linear(last.in_features, n_out, bias=last.bias is not None)
     return model
 
-# %% ../../nbs/06_train/04_networks.ipynb #a73489f3
+# %% ../../nbs/06_train/04_networks.ipynb #dfab886d
 def build_model(
     arch:str, # a torchvision or timm architecture, such as resnet50
     n_out:int, # how many counts there are
@@ -147,7 +147,7 @@ def build_model(
     model = _continued(weights, arch, n_out) if _is_model(weights) else bare_network(arch, n_out, weights)
     return near_zero_head(model)
 
-# %% ../../nbs/06_train/04_networks.ipynb #9fca546b
+# %% ../../nbs/06_train/04_networks.ipynb #c761ea47
 def _three(name, numbers):
     "One number for each colour."
     try: values = np.broadcast_to(np.asarray(numbers, float), 3)
@@ -156,7 +156,7 @@ def _three(name, numbers):
     above = " above 0" if name == "std" else ""
     raise UsageError(f"{name} {numbers}: not one number or three{above}", "pass for example mean=0.5, std=0.5")
 
-# %% ../../nbs/06_train/04_networks.ipynb #730da82e
+# %% ../../nbs/06_train/04_networks.ipynb #7645084a
 def normalisation(
     arch:str, # a torchvision or timm architecture
     weights:str|os.PathLike|None, # as for build_model
