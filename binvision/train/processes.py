@@ -43,19 +43,9 @@ def from_first(
     "The first process's value, in all processes."
     return value if num_distrib() < 2 else broadcast_object_list([value], 0)[0]
 
-# %% ../../nbs/06_train/06_processes.ipynb #cc0857b5
-class _SharedOrder(DistributedDL):
-    "A loader whose processes all follow the first one's order."
-    def _broadcast(self, idxs, rank): return broadcast_object_list([list(idxs)], rank)[0]
-
-
+# %% ../../nbs/06_train/06_processes.ipynb #ea8d9104
 class _ManyProcesses(DistributedTrainer):
     "fastai's callback, with loaders that need no CUDA."
-
-
-@patch
-def _wrap_dl(self:_ManyProcesses, dl):
-    return dl if isinstance(dl, DistributedDL) else _SharedOrder(dl, device=self.learn.model.device)
 
 # %% ../../nbs/06_train/06_processes.ipynb #9fd26ce9
 def many_processes(
@@ -65,7 +55,17 @@ def many_processes(
     cuda = torch.device(device).type == "cuda"
     return _ManyProcesses(sync_bn=cuda, cpu=not cuda)
 
-# %% ../../nbs/06_train/06_processes.ipynb #3668043f
+# %% ../../nbs/06_train/06_processes.ipynb #eaedeb78
+class _SharedOrder(DistributedDL):
+    "A loader whose processes all follow the first one's order."
+    def _broadcast(self, idxs, rank): return broadcast_object_list([list(idxs)], rank)[0]
+
+
+@patch
+def _wrap_dl(self:_ManyProcesses, dl):
+    return dl if isinstance(dl, DistributedDL) else _SharedOrder(dl, device=self.learn.model.device)
+
+# %% ../../nbs/06_train/06_processes.ipynb #47ea44ce
 @contextmanager
 def as_single_process():
     "Let fastai take this process for the only one, in the block."
@@ -74,7 +74,7 @@ def as_single_process():
     finally:
         if processes is not None: os.environ["WORLD_SIZE"] = processes
 
-# %% ../../nbs/06_train/06_processes.ipynb #61c121cb
+# %% ../../nbs/06_train/06_processes.ipynb #7763adbd
 def environment(
     device="cpu", # the torch device that does the work
 )->dict: # fit for JSON
