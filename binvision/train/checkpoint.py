@@ -25,17 +25,17 @@ from safetensors.torch import save
 from ..ground.core import DataError, atomic_write
 from .runs import KeepBest, RunLog, skipped
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #f78a9544
+# %% ../../nbs/06_train/08_checkpoint.ipynb #e6c2e7f1
 def _generators():
     "The states of torch's generators in this process: the processor's, and that of its CUDA device."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
-
+# %% ../../nbs/06_train/08_checkpoint.ipynb #cb2cb3c2
 def _own(dl):
     "The loader of this process, if `dl` is one that shares batches out."
     return getattr(dl, "dl", dl)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #06cc9479
+# %% ../../nbs/06_train/08_checkpoint.ipynb #3edd8482
 def random_state(
     loaders=(), # fastai DataLoaders, whose next order is decided by a generator of their own
 )->tuple[dict, list]: # what goes into JSON; torch's states, a list of uint8 tensors a process
@@ -45,7 +45,7 @@ def random_state(
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest],
             "loaders": [_own(dl).rng.getstate() for dl in loaders]}, generators
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #bea30439
+# %% ../../nbs/06_train/08_checkpoint.ipynb #562802cb
 def _set_generators(generators, n_loaders):
     "Put back the states of torch's generators; a process that had none starts a stream of its own."
     rank = rank_distrib()
@@ -69,7 +69,7 @@ def set_random_state(
     for dl, s in zip(loaders, state["loaders"]): _own(dl).rng.setstate(tuples(s))
     _set_generators(generators, len(state["loaders"]))
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #ab5e6d77
+# %% ../../nbs/06_train/08_checkpoint.ipynb #e96939ee
 @contextmanager
 def keep_random_state():
     "Leave Python's, numpy's and torch's random state after the block as it was before."
@@ -82,7 +82,7 @@ def keep_random_state():
         torch.set_rng_state(cpu)
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #462491ea
+# %% ../../nbs/06_train/08_checkpoint.ipynb #f0f935a9
 def _optimizer_state(opt):
     "Tensors and plain values of a fastai optimizer."
     state = opt.state_dict()["state"]
@@ -91,7 +91,7 @@ def _optimizer_state(opt):
     hypers = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt.hypers]
     return tensors, {"plain": plain, "hypers": hypers}
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #d89169e4
+# %% ../../nbs/06_train/08_checkpoint.ipynb #c3178b64
 def _set_optimizer_state(opt, tensors, state):
     "Put back what `_optimizer_state` gave."
     entries = [dict(entry) for entry in state["plain"]]
@@ -104,7 +104,7 @@ def _set_optimizer_state(opt, tensors, state):
         entries[int(n)][key] = torch.empty_like(like).copy_(tensor) if same else tensor.to(like.device)
     opt.load_state_dict({"state": entries, "hypers": state["hypers"]})
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #afc0a75c
+# %% ../../nbs/06_train/08_checkpoint.ipynb #0ca64529
 def _all_tensors(learn, best, opt, generators):
     "The tensors of a checkpoint, by name."
     parts = {"model": get_model(learn.model).state_dict(), "best": best.kept or {}}
@@ -113,7 +113,7 @@ def _all_tensors(learn, best, opt, generators):
     random = {f"random.{rank}.{n}": s for rank, states in enumerate(generators) for n, s in enumerate(states)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in (opt | tensors | random).items()}
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #08182e5c
+# %% ../../nbs/06_train/08_checkpoint.ipynb #f335e5c0
 def save_checkpoint(
     path:str|os.PathLike, # a .safetensors file; an existing one is replaced
     learn, # the learner, at the end of an epoch
@@ -132,7 +132,7 @@ def save_checkpoint(
     data = save(_all_tensors(learn, best, opt_tensors, generators), {"state": json.dumps(state)})
     with atomic_write(path) as file: file.write(data)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #4c058496
+# %% ../../nbs/06_train/08_checkpoint.ipynb #ff3c3acc
 class Checkpoint(Callback):
     "Write a checkpoint at the end of each epoch."
     order = 65 # after the log and the best epoch, before a phase is ended early
@@ -143,7 +143,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if not skipped(self): save_checkpoint(self.path, self.learn, self.log, self.best, **self.notes)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #36005554
+# %% ../../nbs/06_train/08_checkpoint.ipynb #01a1c0d5
 def read_checkpoint(
     path:str|os.PathLike, # a file that save_checkpoint wrote
 )->tuple[dict, dict]: # tensors by name, and the state
@@ -163,7 +163,7 @@ def part_of(
     "The tensors of one part of a checkpoint."
     return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #31bb7e91
+# %% ../../nbs/06_train/08_checkpoint.ipynb #cbec8ef8
 class Resume(Callback):
     "Put back what fastai sets anew when a fit begins, just before the first epoch that is trained."
     order = 80 # after epochs have been skipped
@@ -176,7 +176,7 @@ class Resume(Callback):
         if self.epoch: self.continue_phase()  # at the start of a phase the optimizer is new anyway
         self.continue_random()
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #7ae80cfe
+# %% ../../nbs/06_train/08_checkpoint.ipynb #0f0d39f5
 @patch
 def continue_phase(self:Resume):
     "The optimizer, the smoothed loss and the averaged weights, in the middle of a phase."
@@ -185,7 +185,7 @@ def continue_phase(self:Resume):
     self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = count, torch.tensor(value)
     if "ema_steps" in self.state: self.ema.load(part_of(self.tensors, "ema"), self.state["ema_steps"])
 
-
+# %% ../../nbs/06_train/08_checkpoint.ipynb #e040951f
 @patch
 def continue_random(self:Resume):
     "Every source of randomness, of each process."
@@ -194,7 +194,7 @@ def continue_random(self:Resume):
     generators = [[s for name, s in sorted(states.items()) if name.split(".")[0] == str(rank)] for rank in range(ranks)]
     set_random_state(self.state["random"], generators, self.dls.loaders)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #26ace946
+# %% ../../nbs/06_train/08_checkpoint.ipynb #651b421a
 def restore(
     learn, # a learner as it was when the training began
     log:RunLog, # gets the history
