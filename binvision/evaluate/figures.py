@@ -69,7 +69,7 @@ def answer(self:Answers)->np.ndarray:
     "The column of each image's most probable count."
     return self.probabilities.argmax(1)
 
-# %% ../../nbs/07_evaluate/00_figures.ipynb #4b6c46b4
+# %% ../../nbs/07_evaluate/00_figures.ipynb #03bf0d24
 @patch(as_prop=True)
 def right(self:Answers)->np.ndarray:
     "Whether the most probable count is the true one."
@@ -80,7 +80,7 @@ def confidence(self:Answers)->np.ndarray:
     "The probability of the most probable count."
     return self.probabilities.max(1)
 
-# %% ../../nbs/07_evaluate/00_figures.ipynb #bb66ceac
+# %% ../../nbs/07_evaluate/00_figures.ipynb #7bcc337c
 STEPS = 10 # of confidence, for the calibration
 
 
@@ -90,7 +90,7 @@ def confidence_step(
     "The step of confidence that each image falls into."
     return np.clip((np.asarray(confidence)*STEPS).astype(int), 0, STEPS - 1)
 
-# %% ../../nbs/07_evaluate/00_figures.ipynb #a97548cf
+# %% ../../nbs/07_evaluate/00_figures.ipynb #a498cf6f
 def image_sums(
     a:Answers,
 )->np.ndarray: # (images, columns): confusion matrix, distance of the median, squared distance of the mean, NLL, gaps
@@ -102,7 +102,7 @@ def image_sums(
     gaps = np.eye(STEPS)[confidence_step(a.confidence)]*(a.right - a.confidence)[:, None]
     return np.column_stack([confusion.reshape(len(p), -1), np.abs(median), mean**2, -np.log(likelihood), gaps])
 
-# %% ../../nbs/07_evaluate/00_figures.ipynb #8e86e8d7
+# %% ../../nbs/07_evaluate/00_figures.ipynb #fe7818d8
 PER_CLASS = ("precision", "recall", "f1")
 
 
@@ -114,7 +114,7 @@ def _class_figures(confusion):
     return {"precision": occurs*hits/np.maximum(answered, 1), "recall": occurs*hits/np.maximum(support, 1),
             "f1": occurs*2*hits/np.maximum(support + answered, 1)}
 
-# %% ../../nbs/07_evaluate/00_figures.ipynb #b994ae9e
+# %% ../../nbs/07_evaluate/00_figures.ipynb #1c610a21
 FIGURES = { # key → title
     "accuracy": "accuracy", "within_one": "within one", "mae": "MAE", "rmse": "RMSE",
     "mae_median": "MAE of the median", "rmse_mean": "RMSE of the mean", "macro_f1": "macro-F1",
