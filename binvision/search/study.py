@@ -43,7 +43,7 @@ def hide_password(
     try: return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError: return "storage"
 
-# %% ../../nbs/08_search/03_study.ipynb #df2a0cab
+# %% ../../nbs/08_search/03_study.ipynb #8569a2a9
 def _connect(parts, heartbeat):
     "Optuna's storage at a parsed URL; a trial whose process died three times has failed."
     local = parts.get_backend_name() == "sqlite"
@@ -53,7 +53,7 @@ def _connect(parts, heartbeat):
                           heartbeat_interval=heartbeat, grace_period=3 * heartbeat,
                           heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2))
 
-
+# %% ../../nbs/08_search/03_study.ipynb #486b314c
 def _connect_patiently(parts, heartbeat):
     "As `_connect`; two processes that open an empty database at the same time both try to make its tables."
     for _ in range(5):
@@ -63,7 +63,7 @@ def _connect_patiently(parts, heartbeat):
             time.sleep(.2)
     return _connect(parts, heartbeat)
 
-# %% ../../nbs/08_search/03_study.ipynb #926da547
+# %% ../../nbs/08_search/03_study.ipynb #1970ea20
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
@@ -82,7 +82,7 @@ def _storage_errors(shown):
         raise UsageError(f"{shown}: the database cannot be used ({reason})",
                          "check the address, that the server runs, and that the user may write there") from e
 
-# %% ../../nbs/08_search/03_study.ipynb #67db196e
+# %% ../../nbs/08_search/03_study.ipynb #6a7216d4
 def open_storage(
     url:str, # such as sqlite:///study.db or postgresql://user@host/name
     heartbeat:int=20, # seconds between two signs of life of a trial
@@ -95,7 +95,7 @@ def open_storage(
             Path(parts.database).parent.mkdir(parents=True, exist_ok=True)
         return _connect_patiently(parts, heartbeat)
 
-# %% ../../nbs/08_search/03_study.ipynb #5303529f
+# %% ../../nbs/08_search/03_study.ipynb #68ca2a91
 def release_stale(
     study:optuna.Study,
     storage:RDBStorage, # from open_storage
@@ -107,7 +107,7 @@ def release_stale(
         if (datetime.now() - t.datetime_start).total_seconds() > storage.grace_period:
             with contextlib.suppress(UpdateFinishedTrialError, ValueError): study.tell(t.number, state=TrialState.FAIL)
 
-# %% ../../nbs/08_search/03_study.ipynb #81903f44
+# %% ../../nbs/08_search/03_study.ipynb #b7cfb6a0
 def released(
     trials:list, # Optuna's frozen trials
 )->set: # their numbers
@@ -116,7 +116,7 @@ def released(
     return {t.number for t in trials if t.state == TrialState.FAIL and "error" not in t.user_attrs
             and (t.number in retried or t.user_attrs.get("started") != t.number or "surplus" in t.user_attrs)}
 
-# %% ../../nbs/08_search/03_study.ipynb #c709ecfc
+# %% ../../nbs/08_search/03_study.ipynb #aa204915
 def count_trials(
     study:optuna.Study,
 )->tuple[int, int]: # ended, running
@@ -126,7 +126,7 @@ def count_trials(
     counted = [t for t in trials if t.number not in gone]
     return sum(t.state.is_finished() for t in counted), sum(t.state == TrialState.RUNNING for t in counted)
 
-# %% ../../nbs/08_search/03_study.ipynb #863045b9
+# %% ../../nbs/08_search/03_study.ipynb #93d66e6c
 def _row(t, gone, names):
     "A trial as a row of the table."
     state = "released" if t.number in gone else {"FAIL": "failed"}.get(t.state.name, t.state.name.lower())
@@ -139,7 +139,7 @@ def _row(t, gone, names):
     reason = note.get("error") or note.get("reason") or ("its process was killed each time" if killed else None)
     return row | {"epochs": len(t.intermediate_values), "seconds": note.get("seconds"), "reason": reason}
 
-# %% ../../nbs/08_search/03_study.ipynb #e8f83ca3
+# %% ../../nbs/08_search/03_study.ipynb #c020a4c6
 def trials_table(
     study:optuna.Study, # from load_study
 )->pd.DataFrame: # trial, state, value, what was drawn, lr, metrics of the kept epoch, epochs, seconds, reason
@@ -148,7 +148,7 @@ def trials_table(
     gone, names = released(trials), sorted({n for t in trials for n in t.params})
     return pd.DataFrame([_row(t, gone, names) for t in trials])
 
-# %% ../../nbs/08_search/03_study.ipynb #0608fe39
+# %% ../../nbs/08_search/03_study.ipynb #cc37a4d4
 def sign(
     study:optuna.Study,
 )->int: # 1 if higher values are better, else -1
@@ -166,14 +166,14 @@ def completed(
     raise UsageError(f"{study.study_name}: {len(done)} completed trials are too few for that",
                      f"search on, to {at_least} or more")
 
-# %% ../../nbs/08_search/03_study.ipynb #0559a187
+# %% ../../nbs/08_search/03_study.ipynb #1eb11d3c
 def best_trial(
     study:optuna.Study,
 )->FrozenTrial:
     "The best completed trial; of equal ones that with the lower validation loss. Raises `UsageError` if there is none."
     return max(completed(study), key=lambda t: (sign(study) * t.value, -t.user_attrs["kept"]["valid_loss"], -t.number))
 
-# %% ../../nbs/08_search/03_study.ipynb #c37e8876
+# %% ../../nbs/08_search/03_study.ipynb #599e29eb
 def load_study(
     folder:str|os.PathLike, # the run folder of a search
     storage:str|None=None, # URL of the database, if search was given one
