@@ -62,13 +62,13 @@ def make_job(
     if not search.frozen: fixed = {"cache": str(Path(out)/"cache")} | fixed
     return Job(str(data), str(manifest), str(out), search, fixed_settings(fixed | {"seed": search.seed}, search.frozen))
 
-# %% ../../nbs/08_search/05_trial.ipynb #d39f1c1f
+# %% ../../nbs/08_search/05_trial.ipynb #8f379ef9
 @patch
 def entry(self:Job, name:str):
     "What a setting is: its entry in the space, or its fixed value."
     return self.search.space.get(name, self.fixed.get(name))
 
-
+# %% ../../nbs/08_search/05_trial.ipynb #1194e544
 @patch
 def choices(self:Job, name:str)->list:
     "The values that a setting can have, if it is no range."
@@ -83,7 +83,7 @@ def highest(self:Job, name:str):
     if not isinstance(entry, dict): return entry or 0
     return max(entry["choices"]) if "choices" in entry else entry["high"]
 
-# %% ../../nbs/08_search/05_trial.ipynb #1b2d7ddd
+# %% ../../nbs/08_search/05_trial.ipynb #054cc62b
 @patch
 def length(self:Job, config:dict|None=None)->tuple[int, int]: # epochs in all, and those with all layers
     "How long a configuration trains, or the longest one."
@@ -91,7 +91,7 @@ def length(self:Job, config:dict|None=None)->tuple[int, int]: # epochs in all, a
     no_frozen_phase = self.search.frozen or self.fixed["weights"] is None
     return epochs + (0 if no_frozen_phase else frozen), epochs
 
-# %% ../../nbs/08_search/05_trial.ipynb #67af3abe
+# %% ../../nbs/08_search/05_trial.ipynb #f940c5c8
 def make_pruner(
     name:str, # median, hyperband or none
     longest:int, # epochs of the longest trial
@@ -102,7 +102,7 @@ def make_pruner(
     if name == "hyperband": return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=longest)
     return optuna.pruners.NopPruner()
 
-# %% ../../nbs/08_search/05_trial.ipynb #b3e29dc5
+# %% ../../nbs/08_search/05_trial.ipynb #0335df08
 METRICS = {"accuracy": "maximize", "mae": "minimize", "valid_loss": "minimize"} # what can be searched for
 
 
@@ -115,13 +115,13 @@ def open_study(
     return storage, optuna.create_study(storage=storage, study_name=search.study, direction=METRICS[search.metric],
                                         load_if_exists=True, pruner=make_pruner(search.pruner, *job.length()))
 
-# %% ../../nbs/08_search/05_trial.ipynb #4b5a3aef
+# %% ../../nbs/08_search/05_trial.ipynb #37fb775a
 def orphaned()->bool:
     "Whether this is a worker, and the process that started it has gone."
     parent = multiprocessing.parent_process()
     return parent is not None and not parent.is_alive()
 
-# %% ../../nbs/08_search/05_trial.ipynb #694bf3ff
+# %% ../../nbs/08_search/05_trial.ipynb #4e680303
 class ReportEpoch(Callback):
     "Report each epoch to a trial, and end it if the pruner says so or the loss is not finite."
     order = 57 # after the recorder and the log of the run
@@ -134,7 +134,13 @@ class ReportEpoch(Callback):
     ):
         self.trial, self.metric, self.epochs, self.longest, self.rows = trial, metric, epochs, longest, []
 
-# %% ../../nbs/08_search/05_trial.ipynb #a20fe44e
+# %% ../../nbs/08_search/05_trial.ipynb #3af0027e
+@patch(as_prop=True)
+def kept(self:ReportEpoch)->dict: # metric → value
+    "The figures of the epoch with the lowest validation loss."
+    return self.rows[best_epoch([row["valid_loss"] for row in self.rows])]
+
+# %% ../../nbs/08_search/05_trial.ipynb #56079509
 @patch
 def _end(self:ReportEpoch, reason):
     self.trial.set_user_attr("reason", reason)
@@ -151,13 +157,7 @@ def after_epoch(self:ReportEpoch):
     done = len(self.rows)
     if done < self.epochs and self.trial.should_prune(): self._end(f"worse than others after epoch {done}")
 
-# %% ../../nbs/08_search/05_trial.ipynb #ea6a1db7
-@patch(as_prop=True)
-def kept(self:ReportEpoch)->dict: # metric → value
-    "The figures of the epoch with the lowest validation loss."
-    return self.rows[best_epoch([row["valid_loss"] for row in self.rows])]
-
-# %% ../../nbs/08_search/05_trial.ipynb #d456b5a5
+# %% ../../nbs/08_search/05_trial.ipynb #64a9a23b
 @patch
 def draw(self:Job, trial, rates:dict)->dict: # name → value of every setting
     "A configuration for a trial; `rates` are the suggestions of lr_find, by architecture."
@@ -166,7 +166,7 @@ def draw(self:Job, trial, rates:dict)->dict: # name → value of every setting
     if factor or config["lr"] is None: config["lr"] = (factor or 1.) * rates[config["arch"]]
     return config
 
-# %% ../../nbs/08_search/05_trial.ipynb #d8957200
+# %% ../../nbs/08_search/05_trial.ipynb #bd86bdc6
 def full_learner(
     job:Job,
     config:dict, # name → value of every setting
@@ -179,7 +179,7 @@ def full_learner(
                           job.search.loaders, c.device, c.cache, c.balanced)
     return bin_learner(dls, c.arch, c.weights, folder, c.loss, wd=c.weight_decay)
 
-# %% ../../nbs/08_search/05_trial.ipynb #5b13b77d
+# %% ../../nbs/08_search/05_trial.ipynb #31e393f8
 def _counts(job):
     "The counts of the bins that are trained or validated on."
     rows = manifest_images(job.data, job.manifest)
@@ -198,14 +198,14 @@ def trial_learner(
     learn.path = Path(folder)
     return learn
 
-# %% ../../nbs/08_search/05_trial.ipynb #8b0c77b8
+# %% ../../nbs/08_search/05_trial.ipynb #4b975265
 def _fit(learn, job, config, folder, report):
     "Train a configuration."
     if job.search.frozen: return learn.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepBest(), report])
     c = {name: config[name] for name in ("lr", "epochs", "frozen_epochs", "patience", "depth")}
     fine_tune(learn, history=folder/"history.csv", cbs=[*recipe_callbacks(config["ema"]), report], **c)
 
-# %% ../../nbs/08_search/05_trial.ipynb #8133a90f
+# %% ../../nbs/08_search/05_trial.ipynb #883e600c
 def fit_trial(
     trial, # an Optuna trial
     study:optuna.Study,
