@@ -31,7 +31,7 @@ class BinvisionError(Exception):
 
     def __reduce__(self): return type(self), (self.problem, self.hint)  # survives pickling between processes
 
-# %% ../../nbs/00_ground/00_core.ipynb #d3acab37
+# %% ../../nbs/00_ground/00_core.ipynb #0ba7b943
 class DataError(BinvisionError):
     "A data set folder, a document, a catalogue or a manifest that cannot be used."
 
@@ -39,11 +39,11 @@ class DataError(BinvisionError):
 class ModelError(BinvisionError):
     "A model folder, weights or an architecture that cannot be used."
 
-
+# %% ../../nbs/00_ground/00_core.ipynb #9273a5be
 class UsageError(BinvisionError):
     "Arguments that cannot be satisfied."
 
-# %% ../../nbs/00_ground/00_core.ipynb #ffaa405e
+# %% ../../nbs/00_ground/00_core.ipynb #3c541d65
 class ImageError(DataError):
     "One picture that cannot be used."
 
@@ -58,14 +58,14 @@ class ImageError(DataError):
 
     def __reduce__(self): return type(self), (self.problem, self.hint, self.kind)
 
-# %% ../../nbs/00_ground/00_core.ipynb #3447cce5
+# %% ../../nbs/00_ground/00_core.ipynb #edb9cf4a
 def bin_id(
     key:str|os.PathLike, # a path or a bucket key, such as bin-images/00523.jpg
 )->str: # the id, such as "00523"
     "The id of a bin: its key without folder and extension, spelled exactly as it is."
     return PurePosixPath(str(key).replace("\\", "/")).stem
 
-# %% ../../nbs/00_ground/00_core.ipynb #618fb113
+# %% ../../nbs/00_ground/00_core.ipynb #c77bdb7e
 def rng(
     seed:int, # the seed of the run
     *names, # what the numbers are for: strings or whole numbers, such as "bin", "00523"
@@ -75,7 +75,7 @@ def rng(
 
     return np.random.default_rng([seed, *(zlib.crc32(str(name).encode()) for name in names)])
 
-# %% ../../nbs/00_ground/00_core.ipynb #9df4b61f
+# %% ../../nbs/00_ground/00_core.ipynb #717d26f5
 def set_seed(
     seed:int, # seeds Python's, NumPy's and (where torch is loaded) torch's global generators
 ):
@@ -86,7 +86,7 @@ def set_seed(
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
 
-# %% ../../nbs/00_ground/00_core.ipynb #ad85698e
+# %% ../../nbs/00_ground/00_core.ipynb #b2f88fec
 @contextlib.contextmanager
 def disk_errors(
     path:str|os.PathLike, # the file or folder that is being written
@@ -97,7 +97,7 @@ def disk_errors(
         raise DataError(f"{path}: cannot be written ({e.strerror or e})",
                         "free some space, or pass a folder that you may write to") from e
 
-# %% ../../nbs/00_ground/00_core.ipynb #acaaf5e8
+# %% ../../nbs/00_ground/00_core.ipynb #5f2710a8
 def _temporary_name(path, suffix=".part"):
     "A free name in the folder of `path`."
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
@@ -126,7 +126,7 @@ def atomic_write(
         with contextlib.suppress(OSError): os.unlink(temporary)
         raise
 
-# %% ../../nbs/00_ground/00_core.ipynb #6ba7e53a
+# %% ../../nbs/00_ground/00_core.ipynb #42a78ed0
 @contextlib.contextmanager
 def atomic_folder(
     path:str|os.PathLike, # the folder to write; an existing one is replaced as a whole
@@ -150,7 +150,7 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-# %% ../../nbs/00_ground/00_core.ipynb #b2792c17
+# %% ../../nbs/00_ground/00_core.ipynb #e9c0d2fc
 def sha256(
     path:str|os.PathLike, # a file
 )->str: # 64 hexadecimal digits
