@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
     attempts:int=0 # how often it was asked for, where it failed
     reason:str="" # why it failed
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #ddb26bea
+# %% ../../nbs/03_fetch/03_fetch.ipynb #e9ed8d53
 @dataclass
 class Fetched:
     "What a fetch did. A picture and a document are two objects."
@@ -66,7 +66,7 @@ class Fetched:
     seconds:float=0 # how long it took
     failures:pd.DataFrame=field(default=None, repr=False) # columns id, key, reason, attempts
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #07a9e1e4
+# %% ../../nbs/03_fetch/03_fetch.ipynb #04f566a1
 @patch
 def add(
     self:Fetched,
@@ -76,7 +76,7 @@ def add(
     setattr(self, outcome.kind, getattr(self, outcome.kind) + 1)
     self.bytes += outcome.size
 
-
+# %% ../../nbs/03_fetch/03_fetch.ipynb #71c5a21b
 @patch
 def __str__(self:Fetched):
     size = f"{self.bytes / 1e6:,.1f} MB" if self.bytes < 1e9 else f"{self.bytes / 1e9:,.2f} GB"
@@ -84,7 +84,7 @@ def __str__(self:Fetched):
     return (f"{self.fetched:,} fetched, {self.there:,} already there, {self.missing:,} missing in the bucket, "
             f"{self.broken:,} broken{rare}; {size} in {self.seconds:,.1f} s")
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #4b4687be
+# %% ../../nbs/03_fetch/03_fetch.ipynb #d24f5756
 def _fetch_one(folder, bucket, store, stop, key):
     "Get one object into the folder, unless it is there."
     if folder.has(key): return Outcome(key, "there")
@@ -94,7 +94,7 @@ def _fetch_one(folder, bucket, store, stop, key):
     folder.put(key, got.kept, got.md5)
     return Outcome(key, "fetched", got.size)
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #10167bbc
+# %% ../../nbs/03_fetch/03_fetch.ipynb #bdfbdaa5
 def _outcomes(fetch_one, keys, bucket, concurrency, stop, progress):
     "The outcomes of all keys as they arrive. Raises `DataError` if nothing arrives any more."
     guard, bar = OutageGuard(bucket, concurrency), progress_bar(progress, total=len(keys), unit="object", desc="fetch")
@@ -105,7 +105,7 @@ def _outcomes(fetch_one, keys, bucket, concurrency, stop, progress):
             bar.update()
     guard.end()
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #bf4316d3
+# %% ../../nbs/03_fetch/03_fetch.ipynb #7f405fc5
 def _finish(folder, failed):
     "Write the list of failures, or remove that of an earlier run; close the folder."
     rows = sorted((bin_id(o.key), o.key, f"{o.kind}: {o.reason}", o.attempts) for o in failed)
@@ -117,7 +117,7 @@ def _finish(folder, failed):
     finally: folder.close()
     return table
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #5e1d7633
+# %% ../../nbs/03_fetch/03_fetch.ipynb #17c1990e
 def fetch(
     data:str|Path, # data set folder to fill; it is made if missing, and what it holds stays
     ids, # ids, or a table with a column id
@@ -147,7 +147,7 @@ def fetch(
     result.seconds = time.perf_counter() - start
     return result
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #e74f577c
+# %% ../../nbs/03_fetch/03_fetch.ipynb #457927f0
 @dataclass
 class Estimate:
     "What a fetch would ask for: numbers of objects, and about how many bytes."
@@ -162,7 +162,7 @@ class Estimate:
         size = f"{self.bytes / 1e6:,.1f} MB"
         return f"{self.objects:,} objects, about {size}, to fetch; {self.there:,} already there{lost}"
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #3c15637a
+# %% ../../nbs/03_fetch/03_fetch.ipynb #459cd7e5
 def _size(bucket, store, key):
     "The size of an object in bytes; None if it is missing."
     try:
@@ -170,7 +170,7 @@ def _size(bucket, store, key):
     except ObjectError as e:
         if e.kind != "missing": raise
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #d7d70cbe
+# %% ../../nbs/03_fetch/03_fetch.ipynb #f6753f2a
 def _sizes(bucket, keys):
     "The sizes of some objects, in any order."
     store, stop = bucket.open(), threading.Event()
@@ -178,7 +178,7 @@ def _sizes(bucket, keys):
     except ObjectError as e:
         raise DataError(f"{bucket}: {e.reason}", "check the network, --endpoint and --profile") from e
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #5c9ae9ee
+# %% ../../nbs/03_fetch/03_fetch.ipynb #ec0a8e42
 def estimate(
     data:str|Path, # data set folder that would be filled
     ids, # ids, or a table with a column id
