@@ -55,7 +55,7 @@ def _session(path, backend, threads):
                          "export the model again, or upgrade onnxruntime") from e
     return session if session.get_providers()[0] == providers[0] else None
 
-# %% ../../nbs/05_model/02_backends.ipynb #c1cab951
+# %% ../../nbs/05_model/02_backends.ipynb #67721825
 class Model:
     "An opened model folder: its `card`, the `backend` that runs it, and `logits`. Threads may share one."
 
@@ -82,7 +82,7 @@ class Model:
     def __repr__(self):
         return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
 
-# %% ../../nbs/05_model/02_backends.ipynb #1aa8a762
+# %% ../../nbs/05_model/02_backends.ipynb #9e61fb25
 @patch
 def _open(self:Model, backend, threads):
     "Set `backend`, `path` and `session`, after checking the file's hash."
@@ -98,7 +98,7 @@ def _check_outputs(self:Model):
         raise ModelError(f"{self.path}: gives {n} numbers, and the card names {len(counts)} counts",
                          "take all files of the model folder from their source again")
 
-# %% ../../nbs/05_model/02_backends.ipynb #64484276
+# %% ../../nbs/05_model/02_backends.ipynb #a0dd6191
 def load_model(
     folder:str|os.PathLike, # a model folder
     backend:str|None=None, # "cuda", "int8" (if exported) or "fp32"; None for the fastest that is available
@@ -107,7 +107,7 @@ def load_model(
     "Open a model folder for prediction. Raises `ModelError` for one that cannot be used."
     return Model(folder, backend, threads)
 
-# %% ../../nbs/05_model/02_backends.ipynb #c68b7293
+# %% ../../nbs/05_model/02_backends.ipynb #6a08702b
 @patch
 def logits(
     self:Model,
