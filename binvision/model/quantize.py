@@ -57,58 +57,7 @@ def sensitivity(
             found[layer] = divergence(before, _run(_candidate(file, model.card, Path(home)/"one"), paths)[0])
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-# %% ../../nbs/05_model/06_quantize.ipynb #f0fe7e74
-class _Trials:
-    "Quantises one network in several ways and measures each against the original."
-
-    def __init__(self, model, network, home, calibration, valid, labels):
-        self.model, self.network, self.home = model, network, home
-        self.calibration, self.valid, self.counts = calibration, valid, model.card["counts"]
-        self.p, self.good = _run(model, valid)
-        self.labels, self.tried = labels[self.good], []
-        self.fp32 = self._figures(self.p)
-
-    def _figures(self, p):
-        "Accuracy and mean absolute error."
-        return {k: v for k, v in scores(p, self.labels, self.counts).items() if k in ("accuracy", "mae")}
-
-# %% ../../nbs/05_model/06_quantize.ipynb #e3ceb27b
-@patch
-def _quantized(self:_Trials, method, keep):
-    "A candidate as a `Model`, and the number of pictures that calibrated it."
-    nodes = layers(self.network)
-    some = self.calibration if method == "minmax" else self.calibration[:64]  # histograms are slow
-    pictures = CalibrationPictures(some, self.model.card, self.model.input)
-    file = quantize(self.network, self.home/"new.onnx", pictures, method, [nodes[name] for name in keep])
-    return _candidate(file, self.model.card, self.home/f"{len(self.tried)}"), len(some)
-
-
-@patch
-def measure(self:_Trials, method, keep=()):
-    "The figures of one candidate, and where its file is."
-    candidate, n = self._quantized(method, keep)
-    q, good = _run(candidate, self.valid)
-    if (good != self.good).any():
-        raise DataError("the validation pictures changed while they were read", "run it again")
-    same = float((q.argmax(1) == self.p.argmax(1)).mean())
-    self.tried.append({"method": method, "calibrated_on": n, "kept_in_fp32": list(keep), **self._figures(q),
-                       "same_count": same, "divergence": divergence(self.p, q)})
-    return self.tried[-1] | {"file": candidate.path}
-
-# %% ../../nbs/05_model/06_quantize.ipynb #65d3ae16
-@patch
-def search(self:_Trials, max_loss):
-    "The best candidate that loses at most `max_loss` of accuracy, or `None`."
-    good_enough = lambda c: self.fp32["accuracy"] - c["accuracy"] <= max_loss + 1e-9
-    candidates = sorted((self.measure(method) for method in METHODS), key=lambda c: c["divergence"])
-    if best := next(filter(good_enough, candidates), None): return best
-    order, k = list(sensitivity(self.model, self.network, self.calibration[:32])), 1
-    while k < len(order):
-        if good_enough(best := self.measure(candidates[0]["method"], order[:k])): return best
-        k *= 2
-    return None
-
-# %% ../../nbs/05_model/06_quantize.ipynb #fa8eb5af
+# %% ../../nbs/05_model/06_quantize.ipynb #d32983e5
 def _parts(data, manifest, n, seed):
     "Calibration pictures, validation pictures with their labels, and the manifest's hash."
     table, images = read_manifest(manifest), find_images(data)
@@ -124,7 +73,68 @@ def _parts(data, manifest, n, seed):
     labels = valid["count"].to_numpy(int)
     return [images[i] for i in drawn], [images[i] for i in valid.id], labels, table.attrs["sha256"]
 
-# %% ../../nbs/05_model/06_quantize.ipynb #1b7692dd
+# %% ../../nbs/05_model/06_quantize.ipynb #ad32cf63
+class _Trials:
+    "Quantises one network in several ways and measures each against the original."
+
+    def __init__(self, model, network, home, calibration, valid, labels):
+        self.model, self.network, self.home = model, network, home
+        self.calibration, self.valid, self.counts = calibration, valid, model.card["counts"]
+        self.p, self.good = _run(model, valid)
+        self.labels, self.tried = labels[self.good], []
+        self.fp32 = self._figures(self.p)
+
+    def _figures(self, p):
+        "Accuracy and mean absolute error."
+        return {k: v for k, v in scores(p, self.labels, self.counts).items() if k in ("accuracy", "mae")}
+
+# %% ../../nbs/05_model/06_quantize.ipynb #e6f04e58
+@patch
+def _quantized(self:_Trials, method, keep):
+    "A candidate as a `Model`, and the number of pictures that calibrated it."
+    nodes = layers(self.network)
+    some = self.calibration if method == "minmax" else self.calibration[:64]  # histograms are slow
+    pictures = CalibrationPictures(some, self.model.card, self.model.input)
+    file = quantize(self.network, self.home/"new.onnx", pictures, method, [nodes[name] for name in keep])
+    return _candidate(file, self.model.card, self.home/f"{len(self.tried)}"), len(some)
+
+# %% ../../nbs/05_model/06_quantize.ipynb #2fe789f4
+@patch
+def measure(self:_Trials, method, keep=()):
+    "The figures of one candidate, and where its file is."
+    candidate, n = self._quantized(method, keep)
+    q, good = _run(candidate, self.valid)
+    if (good != self.good).any():
+        raise DataError("the validation pictures changed while they were read", "run it again")
+    same = float((q.argmax(1) == self.p.argmax(1)).mean())
+    self.tried.append({"method": method, "calibrated_on": n, "kept_in_fp32": list(keep), **self._figures(q),
+                       "same_count": same, "divergence": divergence(self.p, q)})
+    return self.tried[-1] | {"file": candidate.path}
+
+# %% ../../nbs/05_model/06_quantize.ipynb #e7c91445
+@patch
+def search(self:_Trials, max_loss):
+    "The best candidate that loses at most `max_loss` of accuracy, or `None`."
+    good_enough = lambda c: self.fp32["accuracy"] - c["accuracy"] <= max_loss + 1e-9
+    candidates = sorted((self.measure(method) for method in METHODS), key=lambda c: c["divergence"])
+    if best := next(filter(good_enough, candidates), None): return best
+    order, k = list(sensitivity(self.model, self.network, self.calibration[:32])), 1
+    while k < len(order):
+        if good_enough(best := self.measure(candidates[0]["method"], order[:k])): return best
+        k *= 2
+    return None
+
+# %% ../../nbs/05_model/06_quantize.ipynb #b063ade8
+def _entry(trials, best, manifest_sha256, seed):
+    "What the card says of the 8-bit network."
+    import onnxruntime as ort
+
+    measured = ("same_count", "divergence", "method", "calibrated_on", "kept_in_fp32")
+    return {"n": len(trials.labels), "part": "valid", "manifest_sha256": manifest_sha256, "fp32": trials.fp32,
+            "int8": {k: best[k] for k in ("accuracy", "mae")}, **{k: best[k] for k in measured},
+            "seed": seed, "tried": trials.tried, "onnxruntime": ort.__version__}
+
+# %% ../../nbs/05_model/06_quantize.ipynb #93f3c72f
 def _install(folder, card, file, entry):
     "Put an int8 network into a model folder, and `entry` into its card."
     def write(card):
@@ -137,17 +147,7 @@ def _install(folder, card, file, entry):
     with atomic_write(folder/name) as f: f.write(file.read_bytes())
     write(plain | {"int8": entry, "files": files | {name: sha256(folder/name)}})
 
-# %% ../../nbs/05_model/06_quantize.ipynb #ce7faee2
-def _entry(trials, best, manifest_sha256, seed):
-    "What the card says of the 8-bit network."
-    import onnxruntime as ort
-
-    measured = ("same_count", "divergence", "method", "calibrated_on", "kept_in_fp32")
-    return {"n": len(trials.labels), "part": "valid", "manifest_sha256": manifest_sha256, "fp32": trials.fp32,
-            "int8": {k: best[k] for k in ("accuracy", "mae")}, **{k: best[k] for k in measured},
-            "seed": seed, "tried": trials.tried, "onnxruntime": ort.__version__}
-
-
+# %% ../../nbs/05_model/06_quantize.ipynb #76e85d9b
 def _best(trials, folder, max_loss):
     "The best candidate; `ModelError` if there is none."
     if best := trials.search(max_loss): return best
@@ -156,7 +156,7 @@ def _best(trials, folder, max_loss):
                      f"and at most {100 * max_loss:g} are allowed",
                      "nothing was written; use it in fp32, or allow more with --max-loss")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #14c24114
+# %% ../../nbs/05_model/06_quantize.ipynb #5894631f
 def export(
     model:str|os.PathLike, # a model folder
     data:str|os.PathLike, # the data set folder
