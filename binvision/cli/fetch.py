@@ -78,7 +78,7 @@ def _check_choice(c):
         raise UsageError(f"{given[0]}: needs the counts of many bins, and there is no {c.index[0]} here",
                          "run `binvision index`, or pass the challenge's counting lists with --index")
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #44608bdf
+# %% ../../nbs/13_cli/03_fetch.ipynb #e7df7516
 def _evened_out(c, labels, wanted):
     "The bins that even out a data set, and tables of it before and after."
     import pandas as pd
@@ -90,7 +90,7 @@ def _evened_out(c, labels, wanted):
     before = before[before["count"].isin(new["count"].unique())]
     return new, {"before": before, "after": pd.concat([before, new])}
 
-
+# %% ../../nbs/13_cli/03_fetch.ipynb #efe609c3
 def _chosen(c):
     "The bins that a choice means, and tables of them by title for a report."
     from binvision.data.lists import read_list
@@ -107,7 +107,7 @@ def _chosen(c):
     if wanted: chosen = chosen[chosen["count"].isin(wanted)]
     return chosen, {"chosen": chosen} if known and len(chosen) else {}
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #3ea64964
+# %% ../../nbs/13_cli/03_fetch.ipynb #d69201ed
 def _report_choice(tables, out):
     "Print how many bins of each count there are, warn of a confound, and write the page."
     from binvision.fetch.choose import CONFOUNDED, confounding, report_ids
@@ -120,7 +120,7 @@ def _report_choice(tables, out):
                    "Evaluate on bins chosen with --per-count, all classes alike", err=True)
     if out: typer.echo(f"open {report_ids(tables, out)}")
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #06845e06
+# %% ../../nbs/13_cli/03_fetch.ipynb #ed92d8f7
 @command
 @takes(Choice)
 def _fetch(
