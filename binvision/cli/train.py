@@ -20,21 +20,21 @@ from ..ground.core import UsageError, atomic_write
 from ..ground.settings import takes
 from ..train.settings import TrainSettings
 
-# %% ../../nbs/13_cli/04_train.ipynb #03a04a7f
+# %% ../../nbs/13_cli/04_train.ipynb #a27ceeeb
 def _run_folder(out):
     "The run folder: as asked for, or in a training job's folder for output."
     if out is None and "SM_OUTPUT_DATA_DIR" not in os.environ:
         raise UsageError("--out is missing", "pass the run folder to make, such as --out runs/first")
     return out or Path(os.environ["SM_OUTPUT_DATA_DIR"])/"run"
 
-
+# %% ../../nbs/13_cli/04_train.ipynb #2ca422b8
 def _hand_over(model, folder):
     "Copy the files of a model into an existing folder, each atomically; the card comes last."
     for file in sorted(model.iterdir(), key=lambda f: f.name == "card.json"):
         with atomic_write(folder/file.name) as copy, file.open("rb") as original: shutil.copyfileobj(original, copy)
     typer.echo(f"model: {folder}")
 
-# %% ../../nbs/13_cli/04_train.ipynb #b9d1e52d
+# %% ../../nbs/13_cli/04_train.ipynb #c48ee20f
 def _from_search(ctx:typer.Context, folder:Path|None):
     "Make the best configuration of a search the defaults of the command."
     if folder is None or ctx.resilient_parsing: return None
@@ -50,13 +50,13 @@ def _from_search(ctx:typer.Context, folder:Path|None):
     typer.echo(f"from {folder}: {shown}")
     return folder
 
-# %% ../../nbs/13_cli/04_train.ipynb #94323b94
+# %% ../../nbs/13_cli/04_train.ipynb #eb8088e8
 def _kept(out):
     "What an interrupted training leaves."
     if not (out/"model").exists(): return "no epoch was finished, so there is no model"
     return f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume"
 
-
+# %% ../../nbs/13_cli/04_train.ipynb #79827524
 @command
 @takes(TrainSettings)
 def _train(
