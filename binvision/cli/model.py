@@ -81,7 +81,7 @@ def _export(
 
     _show_cost(export(model, data, manifest, int8, n, seed, max_loss), model)
 
-# %% ../../nbs/13_cli/05_model.ipynb #5d401007
+# %% ../../nbs/13_cli/05_model.ipynb #f1824628
 def _pictures(source, root):
     "The pictures that one argument stands for."
     from binvision.ground.pictures import list_pictures
@@ -90,7 +90,7 @@ def _pictures(source, root):
     if source.is_dir(): return list_pictures(source)
     return [path for _, path in list_sources(source, root)] if source.suffix.lower() in LISTS else [source]
 
-
+# %% ../../nbs/13_cli/05_model.ipynb #36ad2261
 def _print_answers(model, paths, batch_size, as_json):
     "Print a line a picture; the pictures without a count, with their reasons."
     from binvision.model.predict import predict_stream
@@ -103,7 +103,7 @@ def _print_answers(model, paths, batch_size, as_json):
         elif not p.error: typer.echo(f"{p.count:5}  {p.confidence:4.0%}  {p.mean:5.2f}  {p.source}")
     return failed
 
-# %% ../../nbs/13_cli/05_model.ipynb #75c9cd81
+# %% ../../nbs/13_cli/05_model.ipynb #f56f81c9
 def _predict_to(model, source, out, *settings):
     "Results into a file; the first hundred failures are named on stderr."
     from binvision.model.bulk import predict_to
@@ -116,7 +116,7 @@ def _predict_to(model, source, out, *settings):
     if more := done.failed - len(failures): failures.append(("and", f"{more:,} more; see the column error in {out}"))
     name_failures(failures, 2 if done.failed == done.n else 1, named=101)
 
-# %% ../../nbs/13_cli/05_model.ipynb #6bce6516
+# %% ../../nbs/13_cli/05_model.ipynb #95b766a7
 @command
 def _predict(
     model:Path, # model folder, such as runs/first/model
