@@ -43,7 +43,7 @@ def _demo_folder(out):
     lines = [_TITLE, "=" * len(_TITLE), "", *(f"{name:18} {what}" for name, what in _LEFT.items())]
     with atomic_write(left, "w") as file: file.write("\n".join(lines) + "\n")
 
-# %% ../../nbs/13_cli/08_demo.ipynb #6415e171
+# %% ../../nbs/13_cli/08_demo.ipynb #3bc9dc01
 def _demo_data(out, n, seed):
     "Draw bins, look at them, and divide them; the data set folder."
     from binvision.data.catalogue import catalogue
@@ -61,7 +61,7 @@ def _demo_data(out, n, seed):
     typer.echo(f"    manifest {write_manifest(split(cat, seed=seed), out/'manifest.csv')[:12]}…")
     return data
 
-# %% ../../nbs/13_cli/08_demo.ipynb #5eabe1b5
+# %% ../../nbs/13_cli/08_demo.ipynb #fc636ae7
 def _demo_training(out, data, seed, settings):
     "Search a learning rate and train; the run folder is `out/run`."
     from binvision.ground.core import set_seed
@@ -78,7 +78,15 @@ def _demo_training(out, data, seed, settings):
     train(data, out/"manifest.csv", out/"run", seed=seed, **settings, lr=5*lr)
     with atomic_write(out/"run/lr_find.png") as file: picture.savefig(file, dpi=110)
 
-# %% ../../nbs/13_cli/08_demo.ipynb #fb502a25
+# %% ../../nbs/13_cli/08_demo.ipynb #b9979c81
+def _next(out):
+    "Three commands to continue with."
+    folder = shlex.quote(str(out))
+    return (f"  binvision predict {folder}/run/model {folder}/data/bin-images/00001.jpg --json\n"
+            f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
+            f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 128 --epochs 20")
+
+# %% ../../nbs/13_cli/08_demo.ipynb #760ab5dc
 def _demo_result(out, result):
     "Print the figures of the demo compared with a constant, and what to do next."
     import pandas as pd
@@ -89,15 +97,7 @@ def _demo_result(out, result):
     typer.echo(f"\n{table.to_string(float_format='{:.3f}'.format)}\n({result['metrics']['n']} test bins)\n")
     typer.echo(f"open {out/'report'/'report.html'}; everything else: {out/'README.txt'}\n\nnext:\n{_next(out)}")
 
-
-def _next(out):
-    "Three commands to continue with."
-    folder = shlex.quote(str(out))
-    return (f"  binvision predict {folder}/run/model {folder}/data/bin-images/00001.jpg --json\n"
-            f"  binvision evaluate {folder}/run/model {folder}/data {folder}/manifest.csv --part valid --out {folder}/report-valid\n"
-            f"  binvision train {folder}/data {folder}/manifest.csv --out {folder}/larger --arch {_DEMO['arch']} --weights none --size 128 --epochs 20")
-
-# %% ../../nbs/13_cli/08_demo.ipynb #ad16c809
+# %% ../../nbs/13_cli/08_demo.ipynb #d88914c1
 @command
 def _demo(
     out:Path=Path("binvision-demo"), # folder to make; what an earlier demo left there is replaced
