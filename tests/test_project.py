@@ -125,6 +125,17 @@ def test_an_export_cell_is_small():
     assert not [(n, name) for n, name in sizes if n > 40]
 
 
+def test_something_visible_comes_soon():
+    "At most three definitions stand before a visible cell that shows or tests something."
+    most, seen = {}, {}
+    for name, source, outputs in cells():
+        if re.match(r"#\|\s*exporti?\b", source):
+            seen[name] = seen.get(name, 0) + len(re.findall(r"^(?:async )?(?:def|class) ", source, re.M))
+            most[name] = max(most.get(name, 0), seen[name])
+        elif not re.match(r"#\|\s*(hide|default_exp)", source) and (outputs or "test_" in source or "assert" in source): seen[name] = 0
+    assert not {name: n for name, n in most.items() if n > 3}
+
+
 def test_few_lines_are_long():
     lines = [line for _, body in exported() for line in body]
     assert sum(len(line) > 120 for line in lines) / len(lines) <= .015
