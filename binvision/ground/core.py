@@ -69,12 +69,14 @@ def bin_id(
     "The id of a bin: its key without folder and extension, spelled exactly as it is."
     return PurePosixPath(str(key).replace("\\", "/")).stem
 
-# %% ../../nbs/00_ground/00_core.ipynb #b3ec9212
+# %% ../../nbs/00_ground/00_core.ipynb #0ef1c4fc
 def visible(
     text:str, # of any kind, such as a file name
     keep:str="", # characters to leave as they are, such as a line break
 )->str:
     "A text in which no character acts unseen: control characters, marks and half characters are written as in JSON."
+    if text.isprintable(): return text
+
     def shown(found):
         letter = found[0]
         seen = letter in keep or letter.isprintable() or unicodedata.category(letter) == "Zs"
