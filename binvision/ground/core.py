@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BinvisionError', 'DataError', 'ModelError', 'UsageError', 'ImageError', 'bin_id', 'visible', 'rng', 'set_seed',
-           'read_file', 'regular_file', 'sha256', 'disk_errors', 'atomic_write', 'atomic_folder']
+           'read_file', 'regular_file', 'sha256', 'disk_errors', 'locked', 'remove', 'claimed', 'atomic_write',
+           'atomic_folder']
 
-# %% ../../nbs/00_ground/00_core.ipynb #ee947387
+# %% ../../nbs/00_ground/00_core.ipynb #4bd9f137
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ import stat
 import sys
 import unicodedata
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 # %% ../../nbs/00_ground/00_core.ipynb #cb122f79
@@ -158,12 +160,65 @@ def disk_errors(
         raise DataError(f"{path}: cannot be written ({e.strerror or e})",
                         "free some space, or pass a folder that you may write to") from e
 
-# %% ../../nbs/00_ground/00_core.ipynb #5f2710a8
-def _temporary_name(path, suffix=".part"):
-    "A free name in the folder of `path`."
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
+# %% ../../nbs/00_ground/00_core.ipynb #7ba16cb0
+@contextlib.contextmanager
+def locked(
+    path:str|os.PathLike, # a file or a folder that exists
+    wait:bool=False, # wait while another process has it locked
+)->Iterator[bool]: # False where another process has it, and where the system cannot lock
+    "Lock a file or a folder during the block."
+    with contextlib.ExitStack() as held:
+        got = False
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, and not every disk has locks
+            import fcntl
+            fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            held.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            got = True
+        yield got
 
+# %% ../../nbs/00_ground/00_core.ipynb #f565d03b
+def remove(
+    path:str|os.PathLike, # a file, a link or a folder; it may be missing
+):
+    "Remove a file, a link or a whole folder, as far as that is possible."
+    if os.path.isdir(path) and not os.path.islink(path): return shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError): os.unlink(path)
 
+# %% ../../nbs/00_ground/00_core.ipynb #bbbc88eb
+def _free_name(path):
+    "A temporary name beside `path`; what killed processes have left under such names is removed."
+    names = [path.with_name(f".{path.name}.{n}.part") for n in range(8)]
+    for name in names:
+        with locked(name) as left:
+            if left: remove(name)
+    spare = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    return next((name for name in names if not os.path.lexists(name)), spare)
+
+# %% ../../nbs/00_ground/00_core.ipynb #54f41029
+@contextlib.contextmanager
+def claimed(
+    path:Path, # what will be there when it is complete; its folder is created if missing
+    create, # called with the temporary path: makes a file or a folder
+    publish, # called with the temporary path and `path`, if the block ends without an error
+)->Iterator[Path]: # the temporary path
+    "A temporary file or folder beside `path`, locked during the block; an error removes it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = None
+    with contextlib.ExitStack() as held:
+        try:
+            with locked(path.parent, wait=True):  # no other process may take the same name
+                name = _free_name(path)
+                create(name)
+                part = name
+                held.enter_context(locked(part))
+            yield part
+            publish(part, path)
+        except BaseException:
+            if part: remove(part)
+            raise
+
+# %% ../../nbs/00_ground/00_core.ipynb #84bc5a1b
 @contextlib.contextmanager
 def atomic_write(
     path:str|os.PathLike, # the file to write; its folder is created if missing
@@ -171,23 +226,14 @@ def atomic_write(
     sync:bool=True, # wait until it is on the disk, so that it survives a power cut; costs milliseconds
 ):
     "Open a temporary file for writing, and rename it to `path` if the block ends without an error. Raises `DataError` where the disk refuses."
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        temporary = _temporary_name(path)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with disk_errors(path), os.fdopen(fd, mode, **text) as file:
-            yield file
-            file.flush()
-            if sync: os.fsync(file.fileno())
-        with disk_errors(path): os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError): os.unlink(temporary)
-        raise
+    path, text = Path(path), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    def create(part): part.touch(exist_ok=False)
+    with disk_errors(path), claimed(path, create, os.replace) as part, open(part, mode, **text) as file:
+        yield file
+        file.flush()
+        if sync: os.fsync(file.fileno())
 
-# %% ../../nbs/00_ground/00_core.ipynb #42a78ed0
+# %% ../../nbs/00_ground/00_core.ipynb #5a1b8cad
 @contextlib.contextmanager
 def atomic_folder(
     path:str|os.PathLike, # the folder to write; an existing one is replaced as a whole
@@ -196,13 +242,13 @@ def atomic_folder(
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_name(path)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         temporary.mkdir()
     try:
         with disk_errors(path):
             yield temporary
             if path.exists():
-                old = _temporary_name(path, ".old")
+                old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
                 os.rename(path, old)
                 os.rename(temporary, path)
                 shutil.rmtree(old, ignore_errors=True)
