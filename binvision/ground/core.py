@@ -185,13 +185,13 @@ def remove(
     if os.path.isdir(path) and not os.path.islink(path): return shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError): os.unlink(path)
 
-# %% ../../nbs/00_ground/00_core.ipynb #bbbc88eb
+# %% ../../nbs/00_ground/00_core.ipynb #e55ecf3c
 def _free_name(path):
     "A temporary name beside `path`; what killed processes have left under such names is removed."
     names = [path.with_name(f".{path.name}.{n}.part") for n in range(8)]
-    for name in names:
-        with locked(name) as left:
-            if left: remove(name)
+    for name in filter(os.path.lexists, names):
+        with locked(name) as nobodys:
+            if nobodys: remove(name)
     spare = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     return next((name for name in names if not os.path.lexists(name)), spare)
 
