@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['name_weights', 'cache_features', 'FeatureLoader', 'head_learner', 'put_head']
 
-# %% ../../nbs/08_search/02_features.ipynb #7e0d1421
+# %% ../../nbs/08_search/02_features.ipynb #ff3b632b
 import functools
 import hashlib
 import json
@@ -25,7 +25,8 @@ from fastai.vision.learner import add_head
 from torch import nn
 from tqdm import tqdm
 
-from ..ground.core import atomic_folder, sha256
+from ..ground.core import sha256
+from ..ground.folders import atomic_folder
 from ..split.manifest import manifest_images
 from ..train.learner import bin_learner, mae
 from ..train.loaders import bin_dataloaders

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #60e87713
+# %% ../../nbs/08_search/07_search.ipynb #f52c0db6
 import contextlib
 import io
 import json
 import os
 import sys
-import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torchvision
 import yaml
 
 from ..ground.core import UsageError, atomic_write, set_seed, sha256
+from ..ground.folders import temporary_folder
 from ..ground.machine import PACKAGES, versions
 from ..ground.settings import takes
 from ..split.manifest import manifest_images
@@ -108,7 +108,7 @@ def _write_settings(job):
     places = {"data": job.data, "manifest": job.manifest, "out": job.out}
     _write_json(Path(job.out)/"config.json", places | settings | {"versions": versions(*PACKAGES, "optuna")})
 
-# %% ../../nbs/08_search/07_search.ipynb #185185d6
+# %% ../../nbs/08_search/07_search.ipynb #b0370821
 def _find_rates(study, job):
     "Ask lr_find for a learning rate for every architecture, once a study."
     lr = job.entry("lr")
@@ -118,7 +118,7 @@ def _find_rates(study, job):
         if arch in known: continue
         config = job.fixed | typical(job.search.space) | {"arch": arch}
         set_seed(config["seed"])
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()), temporary_folder() as folder:
             rate, _ = suggest_lr(trial_learner(job, config, folder))
         print(f"lr_find suggests {rate:.2g} for {arch}", flush=True)
         study.set_user_attr("lr_find", known | {arch: rate})

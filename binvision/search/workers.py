@@ -152,13 +152,20 @@ def work(
             if ended + running >= job.search.trials: time.sleep(.5)
             else: run_trial(study, storage, job, worker)
 
-# %% ../../nbs/08_search/06_workers.ipynb #916e8138
+# %% ../../nbs/08_search/06_workers.ipynb #c3638987
+def _stop_once(number, frame):
+    "Raise `KeyboardInterrupt`, and ignore the signals that follow."
+    for further in (signal.SIGINT, signal.SIGTERM): signal.signal(further, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+# %% ../../nbs/08_search/06_workers.ipynb #5c48ceae
 def _process(job, n):
     "The main function of a worker process."
     torch.set_num_threads(max(1, cores() // job.search.workers))
     if torch.cuda.is_available() and job.fixed["device"] is None:
         job.fixed["device"] = f"cuda:{n % torch.cuda.device_count()}"
     os.environ["TQDM_DISABLE"] = "1"
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, _stop_once)
     try: work(job, worker_name(job, n))
     except KeyboardInterrupt: sys.exit(130)
     except (BinvisionError, OptunaError, sqlalchemy.exc.SQLAlchemyError) as e:
@@ -176,16 +183,20 @@ def _calm_imports():
         if before is None: del os.environ["PYTHONWARNINGS"]
         else: os.environ["PYTHONWARNINGS"] = before
 
-# %% ../../nbs/08_search/06_workers.ipynb #d4b08cae
-def _join(processes):
-    "Wait for all processes; after Ctrl-C too, which they have received as well."
+# %% ../../nbs/08_search/06_workers.ipynb #01abfe34
+def _together(processes):
+    "Start processes and wait for all of them; after Ctrl-C too, and it reaches them."
     try:
+        with _calm_imports():
+            for p in processes: p.start()
         for p in processes: p.join()
     except KeyboardInterrupt:
-        for p in processes: p.join()
+        started = [p for p in processes if p.pid]
+        for p in started: p.terminate()
+        for p in started: p.join()
         raise
 
-# %% ../../nbs/08_search/06_workers.ipynb #50c6a5bc
+# %% ../../nbs/08_search/06_workers.ipynb #76f401a0
 def run_workers(
     job:Job,
 ):
@@ -193,9 +204,7 @@ def run_workers(
     if job.search.workers == 1: return work(job, worker_name(job, 0))
     start = multiprocessing.get_context("spawn")
     processes = [start.Process(target=_process, args=(job, n), name=f"worker {n}") for n in range(job.search.workers)]
-    with _calm_imports():
-        for p in processes: p.start()
-    _join(processes)
+    _together(processes)
     for p in processes:
         how = signal.Signals(-p.exitcode).name if p.exitcode < 0 else f"status {p.exitcode}"
         if p.exitcode: print(f"{p.name} ended with {how}; its trial was given to another", file=sys.stderr, flush=True)

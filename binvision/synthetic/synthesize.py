@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['synthesize']
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #8df58f96
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #e5e854af
 import json
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..ground.core import UsageError, atomic_write
+from ..ground.core import UsageError, atomic_write, locked, remove
 from ..ground.machine import cores
 from .bins import plan_bins, synthetic_bin
 
@@ -34,7 +34,7 @@ def _write_bins(out, seed, plans, max_side):
             with atomic_write(path) as file: file.write(raw)
     return len(plans)
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #f74ddd98
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #dc6b87a0
 def _is_same(note, settings):
     "Whether a folder's note is of the same data set, and of one that is not larger."
     return {**note, "n": 0} == {**settings, "n": 0} and note.get("n", 0) <= settings["n"]
@@ -49,15 +49,16 @@ def _check_folder(out, settings):
         if not _is_same(old, settings):
             raise UsageError(f"{out}: holds other synthetic bins ({json.dumps(old)})",
                              "pass another folder, or remove this one")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
         raise UsageError(f"{out}: already exists and holds something else", "pass a folder that is new or empty")
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #b3e701d8
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #cebfcf0b
 def _claim(out, settings):
-    "Check a folder, remove what an interrupted call left half-written, and write its note."
+    "Check a folder, remove what a killed call left half-written, and write its note."
     _check_folder(out, settings)
-    for folder in ("bin-images", "metadata"):
-        for part in (out/folder).glob(".*.part"): part.unlink()
+    for part in out.glob("*/.*.part"):
+        with locked(part) as left:
+            if left: remove(part)
     with atomic_write(out/"synthetic.json", "w") as file: json.dump(settings, file)
 
 # %% ../../nbs/01_synthetic/08_synthesize.ipynb #f4a1ca9a
@@ -68,10 +69,10 @@ def _no_main():
     try: yield
     finally: sys.modules["__main__"] = main
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #0d270d06
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #659ffb06
 def _follow():
-    "In a new process: leave Ctrl-C to the caller, and end when the caller has ended."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    "In a new process: leave Ctrl-C and SIGTERM to the caller, and end when the caller has ended."
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
     caller = multiprocessing.parent_process()
     threading.Thread(target=lambda: (caller.join(), os._exit(1)), daemon=True).start()
 
