@@ -106,47 +106,54 @@ def set_seed(
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
 
-# %% ../../nbs/00_ground/00_core.ipynb #e5e6c3bf
+# %% ../../nbs/00_ground/00_core.ipynb #9db86227
 @contextlib.contextmanager
 def _open_regular(path):
-    "Open a regular file for reading bytes. Raises `DataError` for anything else, and where the block cannot read."
-    def opener(name, flags): return os.open(name, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    "A descriptor of a regular file, open for reading, and its size. Raises `DataError` for anything else, and where the block cannot read."
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
-        with open(path, "rb", opener=opener) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DataError(f"{path}: is not a regular file", "pass a file, or a link to one; no device or pipe")
-            yield file
+        fd = os.open(path, flags)
+        try:
+            about = os.fstat(fd)
+            if not stat.S_ISREG(about.st_mode):
+                what = "a directory" if stat.S_ISDIR(about.st_mode) else "not a regular file"
+                raise DataError(f"{path}: is {what}", "pass a file, or a link to one; no device or pipe")
+            yield fd, about.st_size
+        finally: os.close(fd)
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})", "check the path and the permissions") from e
 
-# %% ../../nbs/00_ground/00_core.ipynb #638ad403
+# %% ../../nbs/00_ground/00_core.ipynb #b639de62
 def read_file(
     path:str|os.PathLike, # a regular file, or a link to one
     limit:int=100_000_000, # bytes, at most
 )->bytes:
     "The bytes of a regular file. Raises `DataError` for a special file, for one that is too large and for one that cannot be read."
-    with _open_regular(path) as file: raw = file.read(limit + 1)
+    raw = b""
+    with _open_regular(path) as (fd, size):
+        room = max(size + 1, 2**16)  # no more than it takes: a million bytes for each of a million documents would be slow
+        while len(raw) <= limit and (block := os.read(fd, min(room, limit + 1 - len(raw)))): raw += block
     if len(raw) > limit: raise DataError(f"{path}: more than {limit:,} bytes", "check that it is the right file")
     return raw
 
-# %% ../../nbs/00_ground/00_core.ipynb #1e28d68d
+# %% ../../nbs/00_ground/00_core.ipynb #87a26897
 def regular_file(
     path:str|os.PathLike, # a file that a library is about to open
     limit:int|None=None, # bytes, at most; None for any size
 )->Path: # the same path
     "Check that a path leads to a regular file. Raises `DataError` for a special file, for one that is too large and for one that cannot be read."
-    with _open_regular(path) as file: size = os.fstat(file.fileno()).st_size
+    with _open_regular(path) as (_, size): pass
     if limit is not None and size > limit: raise DataError(f"{path}: more than {limit:,} bytes", "check that it is the right file")
     return Path(path)
 
-# %% ../../nbs/00_ground/00_core.ipynb #07ae32a1
+# %% ../../nbs/00_ground/00_core.ipynb #7e72ad03
 def sha256(
     path:str|os.PathLike, # a regular file of any size
 )->str: # 64 hexadecimal digits
     "The SHA-256 of a file's bytes. Raises `DataError` for a special file and for one that cannot be read."
     digest = hashlib.sha256()
-    with _open_regular(path) as file:
-        while block := file.read(2**20): digest.update(block)
+    with _open_regular(path) as (fd, _):
+        while block := os.read(fd, 2**20): digest.update(block)
     return digest.hexdigest()
 
 # %% ../../nbs/00_ground/00_core.ipynb #b2f88fec
