@@ -15,7 +15,7 @@ from pydantic import Field
 from .app import fail, name_failures
 from .options import command, read_counts
 
-# %% ../../nbs/13_cli/02_data.ipynb #4671b2b6
+# %% ../../nbs/13_cli/02_data.ipynb #16479453
 @command
 def _synthesize(
     out:Path, # folder to write
@@ -28,7 +28,8 @@ def _synthesize(
     "Make a data set folder of synthetic bins. Counts are exact; an interrupted run is finished."
     from binvision.synthetic.synthesize import synthesize
 
-    synthesize(out, n=n, seed=seed, counts=read_counts(counts), max_side=max_side, workers=workers)
+    try: synthesize(out, n=n, seed=seed, counts=read_counts(counts), max_side=max_side, workers=workers)
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"the bins so far are in {out}; to go on, run the same command again") from None
     typer.echo(f"{out}: {n:,} synthetic bins, seed {seed}")
 
 # %% ../../nbs/13_cli/02_data.ipynb #43f4de03

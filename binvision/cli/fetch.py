@@ -36,7 +36,7 @@ class Place:
 
         return Bucket(self.bucket, self.endpoint, self.region, self.profile, self.timeout, self.attempts)
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #03801688
+# %% ../../nbs/13_cli/03_fetch.ipynb #b7c2d14e
 @command
 @takes(Place)
 def _index(
@@ -47,7 +47,8 @@ def _index(
     from binvision.fetch.index import index
 
     place = Place(**kwargs)
-    table = index(out, place.open(), place.concurrency)
+    try: table = index(out, place.open(), place.concurrency)
+    except KeyboardInterrupt: raise KeyboardInterrupt("the counts so far are kept; to go on, run the same command again") from None
     failed = table[table["count"].isna()]
     typer.echo(f"{out}: {len(table) - len(failed):,} bins, {len(failed):,} documents that could not be read")
     name_failures(zip(failed["id"], failed["problem"]))

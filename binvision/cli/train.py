@@ -50,11 +50,12 @@ def _from_search(ctx:typer.Context, folder:Path|None):
     typer.echo(f"from {folder}: {shown}")
     return folder
 
-# %% ../../nbs/13_cli/04_train.ipynb #eb8088e8
+# %% ../../nbs/13_cli/04_train.ipynb #37cc2e40
 def _kept(out):
     "What an interrupted training leaves."
-    if not (out/"model").exists(): return "no epoch was finished, so there is no model"
-    return f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume"
+    if (out/"model").exists(): return f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume"
+    if (out/"checkpoints/last.safetensors").exists(): return "the epochs so far are kept; to go on, repeat the command with --resume"
+    return "no epoch was finished, so there is no model; to begin again, run the same command"
 
 # %% ../../nbs/13_cli/04_train.ipynb #79827524
 @command

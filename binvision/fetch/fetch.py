@@ -117,7 +117,7 @@ def _finish(folder, failed):
     finally: folder.close()
     return table
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #17c1990e
+# %% ../../nbs/03_fetch/03_fetch.ipynb #1391dba3
 def fetch(
     data:str|Path, # data set folder to fill; it is made if missing, and what it holds stays
     ids, # ids, or a table with a column id
@@ -141,8 +141,8 @@ def fetch(
                 result.add(outcome)
                 if outcome.kind not in ("fetched", "there"): failed.append(outcome)
     except KeyboardInterrupt:
-        kept = f"{result.fetched:,} of {len(keys):,} objects have arrived and are kept"
-        raise KeyboardInterrupt(f"{kept}; run the same command again to go on") from None
+        kept = f"{result.fetched + result.there:,} of {len(keys):,} files are complete in {data}"
+        raise KeyboardInterrupt(f"{kept}; to go on, run the same command again") from None
     finally: result.failures = _finish(folder, failed)
     result.seconds = time.perf_counter() - start
     return result

@@ -179,11 +179,11 @@ def finish(self:_Run, learn, **notes):
     say(f"validation: accuracy={m['accuracy']:.4f} mae={m['mae']:.3f} n={m['n']} temperature={temperature:.2f}")
     say(f"model: {self.out/'model'}")
 
-# %% ../../nbs/06_train/11_train.ipynb #4f770d8b
+# %% ../../nbs/06_train/11_train.ipynb #079adbe8
 @patch
 def rescue(self:_Run, learn):
     "Write the best epoch so far, after Ctrl-C."
-    say(f"\ninterrupted: writing the best epoch so far to {self.out/'model'} (press Ctrl-C again to stop at once)")
+    say(f"\ninterrupted: writing the best epoch so far to {self.out/'model'} (a second Ctrl-C or SIGTERM stops at once)")
     self.finish(learn, interrupted=True)
     raise KeyboardInterrupt(f"the best epoch so far is in {self.out/'model'}; resume with --resume") from None
 
