@@ -167,7 +167,10 @@ def disk_errors(
         raise DataError(f"{path}: cannot be written ({e.strerror or e})",
                         "free some space, or pass a folder that you may write to") from e
 
-# %% ../../nbs/00_ground/00_core.ipynb #7ba16cb0
+# %% ../../nbs/00_ground/00_core.ipynb #8d0ffdec
+_FILLED = set() # temporary folders that this process is filling: it need not wait for itself
+
+
 @contextlib.contextmanager
 def locked(
     path:str|os.PathLike, # a file or a folder that exists
@@ -175,6 +178,7 @@ def locked(
 )->Iterator[bool]: # False where another process has it, and where the system cannot lock
     "Lock a file or a folder during the block."
     with contextlib.ExitStack() as held:
+        if wait and Path(path) in _FILLED: return (yield True)
         got = False
         with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, and not every disk has locks
             import fcntl
@@ -202,7 +206,7 @@ def _free_name(path):
     spare = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     return next((name for name in names if not os.path.lexists(name)), spare)
 
-# %% ../../nbs/00_ground/00_core.ipynb #54f41029
+# %% ../../nbs/00_ground/00_core.ipynb #3ac2690f
 @contextlib.contextmanager
 def claimed(
     path:Path, # what will be there when it is complete; its folder is created if missing
@@ -219,6 +223,8 @@ def claimed(
                 create(name)
                 part = name
                 held.enter_context(locked(part))
+            _FILLED.add(part)
+            held.callback(_FILLED.discard, part)
             yield part
             publish(part, path)
         except BaseException:
