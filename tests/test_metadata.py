@@ -302,7 +302,7 @@ def test_a_folder_that_cannot_be_written_to(images):
 def test_an_incomplete_catalogue(images, tmp_path):
     catalogue(images[0], out=tmp_path, images=False)
     (tmp_path / "items.parquet").write_bytes((tmp_path / "items.parquet").read_bytes()[:100])
-    with pytest.raises(DataError, match="not a complete catalogue"): read_catalogue(tmp_path)
+    with pytest.raises(DataError, match="items.parquet: cannot be read"): read_catalogue(tmp_path)
 
 
 def test_chunks_make_no_difference(documents, images, monkeypatch):

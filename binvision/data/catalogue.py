@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Catalogue', 'read_catalogue', 'catalogue', 'as_catalogue']
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #537f21db
+# %% ../../nbs/02_data/03_catalogue.ipynb #e3dc1434
 import contextlib
 import csv
 import os
@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from .documents import MEASURES, parse_document
 from .images import data_folder, file_names, image_facts, list_images
-from .lists import read_labels
-from ..ground.core import DataError, ImageError, atomic_write
+from .lists import check_ids, read_labels
+from ..ground.core import DataError, ImageError, atomic_write, read_file
 from ..ground.machine import cores
+from ..ground.tables import read_csv, read_parquet, to_cell
 
 # %% ../../nbs/02_data/03_catalogue.ipynb #356eac9b
 _BINS = pa.schema([("id", pa.string()), ("count", pa.int64()), ("n_items", pa.int64()), ("quantity_sum", pa.int64()),
@@ -45,7 +46,12 @@ class Catalogue:
     def __repr__(self):
         return f"Catalogue: {len(self.bins):,} bins, {len(self.items):,} items, {len(self.problems):,} problems"
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #c19e1409
+# %% ../../nbs/02_data/03_catalogue.ipynb #8ff799c4
+def _safe(rows):
+    "Rows for a CSV file."
+    return (map(to_cell, row) for row in rows)
+
+
 @contextlib.contextmanager
 def _writers(folder, extra):
     "Writers of bins.parquet (with `extra` columns), items.parquet and problems.csv in a folder."
@@ -59,21 +65,32 @@ def _writers(folder, extra):
               pq.ParquetWriter(i, _ITEMS, compression="zstd") as items):
             yield bins, items, problems
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #89a6efac
+# %% ../../nbs/02_data/03_catalogue.ipynb #cbef6cf6
+def _table(path, schema, hint):
+    "A table of a catalogue with at least the columns of a schema."
+    table = read_parquet(path, hint)
+    try:
+        for column in schema:
+            values = table[column.name].cast(column.type)
+            table = table.set_column(table.schema.get_field_index(column.name), column, values)
+    except (KeyError, pa.ArrowException) as e: raise DataError(f"{path}: not a table of a catalogue ({e})", hint) from e
+    if table["id"].null_count: raise DataError(f"{path}: an id is missing", hint)
+    return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+
+
 def read_catalogue(
     folder:str|os.PathLike, # a folder that holds the three files
 )->Catalogue: # its tables
     "Read a catalogue back. Raises `DataError` if a file is missing or damaged."
     folder, hint = data_folder(folder), "make it again: binvision catalogue DATA --out CATALOGUE"
-    types = {pa.int64(): pd.Int64Dtype()}.get
-    try:
-        bins = pq.read_table(folder/"bins.parquet").to_pandas(types_mapper=types)
-        items = pq.read_table(folder/"items.parquet").to_pandas(types_mapper=types)
-        problems = pd.read_csv(folder/"problems.csv", dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as e: raise DataError(f"{folder}: not a complete catalogue ({e})", hint) from e
+    bins, items = _table(folder/"bins.parquet", _BINS, hint), _table(folder/"items.parquet", _ITEMS, hint)
+    if not bins["phash"].dropna().str.fullmatch("[0-9a-f]{16}").all(): raise DataError(f"{folder}: a phash is no fingerprint", hint)
+    problems = read_csv(folder/"problems.csv", hint)
+    if list(problems) != _PROBLEMS: raise DataError(f"{folder}/problems.csv: its columns are not {', '.join(_PROBLEMS)}", hint)
     return Catalogue(bins, items, problems)
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #a0d7b11c
+# %% ../../nbs/02_data/03_catalogue.ipynb #e1cbc226
 @patch
 def save(self:Catalogue,
     folder:str|os.PathLike, # where bins.parquet, items.parquet and problems.csv go
@@ -83,9 +100,9 @@ def save(self:Catalogue,
     with _writers(folder, extra) as (bins, items, problems):
         bins.write_table(pa.Table.from_pandas(self.bins[bins.schema.names], bins.schema, preserve_index=False))
         items.write_table(pa.Table.from_pandas(self.items, items.schema, preserve_index=False))
-        problems.writerows(self.problems.itertuples(index=False))
+        problems.writerows(_safe(self.problems.itertuples(index=False)))
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #c9e750b2
+# %% ../../nbs/02_data/03_catalogue.ipynb #ef988a45
 class _Listing:
     "The ids of a data set folder's documents, images and labels, and the problems found so far."
 
@@ -94,11 +111,12 @@ class _Listing:
         self.images, self.classes = list_images(self.data, self.problems)
         self.labels, extra = read_labels(self.data, self.problems)
         self.extra = extra.rename(columns={name: f"labels_{name}" for name in extra if name in _BINS.names})
+        if self.extra.columns.has_duplicates: raise DataError(f"{data}/labels.csv: a column is there twice", "rename it")
         self.documents = {name[:-5] for name in file_names(self.data/"metadata", (".json",), self.problems)}
         self.ids = sorted(self.documents | self.images.keys())
         self.labelled = bool(self.documents or self.labels or any(count is not None for count in self.classes.values()))
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #d021b709
+# %% ../../nbs/02_data/03_catalogue.ipynb #131b4eb6
 @patch
 def check(self:_Listing):
     "Add what does not fit together to the problems. Raises `DataError` for a folder without images and documents."
@@ -107,19 +125,21 @@ def check(self:_Listing):
                         "pass a folder that holds bin-images/ and metadata/, or class folders 1/ … 5/ of images")
     if not self.images: self.problems.append(("", "bin-images", "no images: no bin has a picture"))
     if not self.labelled: self.problems.append(("", "metadata", "no documents and no labels.csv: no bin has a count"))
+    check_ids(self.labels, self.ids, self.data/"labels.csv")
     self.problems += [(id, "labels.csv", "no image and no document has this id")
                       for id in self.labels if id not in self.images and id not in self.documents]
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #2797f72a
+# %% ../../nbs/02_data/03_catalogue.ipynb #f2ebd992
+_DOCUMENT = 1_000_000 # bytes of a document, at most
+
+
 @patch
 def document(self:_Listing, id):
     "The checked document of `id`: a row of `bins` or None, rows of `items`, problems."
     if id not in self.documents: return None, [], []
     file = f"metadata/{id}.json"
-    try:
-        with open(self.data/file, "rb", buffering=0) as f: row, items = parse_document(f.read(), id)
-    except DataError as e: return None, [], [(id, file, e.problem.removeprefix(f"{id}.json: "))]
-    except OSError as e: return None, [], [(id, file, e.strerror or str(e))]
+    try: row, items = parse_document(read_file(self.data/file, _DOCUMENT), id)
+    except DataError as e: return None, [], [(id, file, e.problem.removeprefix(f"{self.data/file}: ").removeprefix(f"{id}.json: "))]
     return row, items, [(id, file, note) for note in row.pop("notes")]
 
 # %% ../../nbs/02_data/03_catalogue.ipynb #1fc8189e
@@ -171,19 +191,19 @@ def chunk(self:_Listing, ids, images, pool):
     for name in extra: table = table.append_column(name, pa.array(extra[name], pa.string(), from_pandas=True))
     return table, pa.Table.from_pylist(items, _ITEMS), problems
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #caa2a4ca
+# %% ../../nbs/02_data/03_catalogue.ipynb #83e059e9
 def _write(listing, out, images, chunk=5000):
     "Write the catalogue of a listing to the folder `out`, holding the rows of `chunk` bins at a time."
     with (_writers(out, list(listing.extra)) as (bins, items, problems),
           ThreadPoolExecutor(min(8, cores())) as pool,
           tqdm(total=len(listing.ids), unit="bin", disable=None) as bar):
-        problems.writerows(listing.problems)
+        problems.writerows(_safe(listing.problems))
         for start in range(0, len(listing.ids), chunk):
             ids = listing.ids[start:start+chunk]
             some_bins, some_items, some_problems = listing.chunk(ids, images, pool)
             bins.write_table(some_bins)
             items.write_table(some_items)
-            problems.writerows(some_problems)
+            problems.writerows(_safe(some_problems))
             bar.update(len(ids))
 
 # %% ../../nbs/02_data/03_catalogue.ipynb #fc1b0ed6

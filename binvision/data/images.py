@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'data_folder', 'file_names', 'list_images', 'find_images', 'image_facts']
 
-# %% ../../nbs/02_data/01_images.ipynb #44a06bf6
+# %% ../../nbs/02_data/01_images.ipynb #d11676d5
 import contextlib
 import os
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageOps
 
-from ..ground.core import DataError, bin_id
+from ..ground.core import DataError, bin_id, visible
 from ..ground.pictures import eight_bits, open_picture
 
 # %% ../../nbs/02_data/01_images.ipynb #250978e6
@@ -27,21 +27,27 @@ def data_folder(
     if path.is_dir(): return path
     raise DataError(f"{path}: a file, not a folder", "pass the folder that holds bin-images/ and metadata/")
 
-# %% ../../nbs/02_data/01_images.ipynb #b4e8a7d8
+# %% ../../nbs/02_data/01_images.ipynb #cc357b90
 SUFFIXES = (".jpg", ".jpeg", ".png") # endings of the image files of a data set, in lower case
+
+
+def _unseen(name):
+    "Why a file name that shows differently than it is cannot be an id."
+    try: name.encode()
+    except UnicodeEncodeError: return "the file name is not UTF-8"
+    return "the file name holds characters that act unseen"
 
 
 def file_names(
     folder:str|os.PathLike, # where to look
     suffixes:tuple, # the endings that count, in lower case
-    problems:list, # rows (id, file, reason); names that are not UTF-8 are added
+    problems:list, # rows (id, file, reason); names that cannot be ids are added
 ): # iterator of names, sorted
     "The names of a folder's files with one of the endings."
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for name in sorted(e.name for e in entries if e.name.lower().endswith(suffixes) and e.name[0] != "."):
-            shown = name.encode(errors="backslashreplace").decode()
-            if shown == name: yield name
-            else: problems.append(("", shown, "the file name is not UTF-8"))
+            if (shown := visible(name)) == name: yield name
+            else: problems.append(("", shown, _unseen(name)))
 
 # %% ../../nbs/02_data/01_images.ipynb #c3dc0492
 def _image_folders(data):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'to_cell', 'from_cell', 'write_csv', 'csv_rows', 'decoded', 'parse_csv', 'read_csv', 'whole',
-           'read_parquet']
+           'parse_parquet', 'read_parquet']
 
 # %% ../../nbs/00_ground/05_tables.ipynb #55afb354
 import codecs
@@ -123,18 +123,26 @@ def whole(
     found = re.fullmatch(r"([0-9]{1,6})([.,]0*)?", str(text))
     return int(found[1]) if found else None
 
-# %% ../../nbs/00_ground/05_tables.ipynb #7007e881
-def read_parquet(
-    path:str|os.PathLike, # a regular file
-    hint:str, # what to do about a file that cannot be read
+# %% ../../nbs/00_ground/05_tables.ipynb #31663e83
+def parse_parquet(
+    source, # the path of a file, or its bytes
     rows:int=20_000_000, # rows, at most
 ): # a pyarrow.Table
-    "A Parquet file as a table of pyarrow. Raises `DataError` for a file that cannot be read."
+    "A Parquet file as a table of pyarrow. Raises `ValueError` for what is not one."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(regular_file(path)) as file:
-            if file.metadata.num_rows > rows: raise DataError(f"{path}: more than {rows:,} rows", "check that it is the right file")
+        with pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source) as file:
+            if file.metadata.num_rows > rows: raise ValueError(f"it has more than {rows:,} rows")
             return file.read()
-    except (OSError, pa.ArrowException) as e: raise DataError(f"{path}: cannot be read as a Parquet table: {e}", hint) from e
+    except (OSError, pa.ArrowException) as e: raise ValueError(str(e)) from e
+
+
+def read_parquet(
+    path:str|os.PathLike, # a regular file
+    hint:str, # what to do about a file that cannot be read
+): # a pyarrow.Table
+    "A Parquet file as a table of pyarrow. Raises `DataError` for a file that cannot be read."
+    try: return parse_parquet(regular_file(path))
+    except ValueError as e: raise DataError(f"{path}: cannot be read as a Parquet table: {e}", hint) from e

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['leak_report']
 
-# %% ../../nbs/04_split/02_leaks.ipynb #751ca8cb
+# %% ../../nbs/04_split/02_leaks.ipynb #c00ee2be
 import numpy as np
 import pandas as pd
 
 from ..data.catalogue import as_catalogue
 from ..data.groups import Ties
+from ..data.lists import check_ids
 from ..ground.core import DataError, rng
 from .manifest import PARTS
 
@@ -45,7 +46,7 @@ def _leaks(manifest, ties):
     table.loc["all"] = table.sum()
     return table
 
-# %% ../../nbs/04_split/02_leaks.ipynb #e8ecd681
+# %% ../../nbs/04_split/02_leaks.ipynb #e483a037
 def _shuffled(manifest):
     "The same bins, with their parts shuffled within each count."
     parts = manifest.groupby("count")["part"].transform(lambda p: rng(0, "beside", p.name).permutation(p))
@@ -56,6 +57,7 @@ def _bins_of(cat, manifest):
     "The bins of a manifest in a catalogue; `DataError` if some are missing."
     bins = cat.bins[cat.bins["id"].isin(manifest["id"])]
     if len(bins) == len(manifest): return bins
+    check_ids(manifest["id"], cat.bins["id"], "the manifest")
     gone = manifest["id"][~manifest["id"].isin(bins["id"])]
     raise DataError(f"{len(gone)} of the {len(manifest)} bins of the manifest are not in the catalogue, such as "
                     f"{gone.iloc[0]!r}", "pass the data set that was split, or leave these bins out of the manifest")

@@ -5,28 +5,35 @@
 # %% auto #0
 __all__ = ['PARTS', 'as_manifest', 'write_manifest', 'read_manifest', 'given_split', 'manifest_images']
 
-# %% ../../nbs/04_split/00_manifest.ipynb #6d287560
+# %% ../../nbs/04_split/00_manifest.ipynb #e43228a5
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..data.images import SUFFIXES, find_images
-from ..data.lists import read_list
-from ..ground.core import DataError, atomic_write, bin_id, sha256
+from ..data.lists import check_ids, read_list
+from ..ground.core import DataError, bin_id, sha256, visible
+from ..ground.tables import read_csv, whole, write_csv
 
 # %% ../../nbs/04_split/00_manifest.ipynb #685dce5b
 PARTS = ("train", "valid", "test") # of a split, in this order everywhere
 
-# %% ../../nbs/04_split/00_manifest.ipynb #9da922b4
+# %% ../../nbs/04_split/00_manifest.ipynb #04fb5c6d
 _COLUMNS = ["id", "count", "group", "part"]
 _HINT = "make the manifest again with binvision split, or correct the file: columns id,count,group,part, a line for each bin"
 
 
+def _shown(texts):
+    "Which texts are neither empty nor hold anything unseen."
+    return (texts != "") & (texts == texts.map(visible))
+
+
 def _check_values(table, name):
     "Raise `DataError` for the first bin with an invalid value, or that appears twice; all values are text."
-    fine = {"id": table["id"] != "", "count": table["count"].str.fullmatch("[0-9]{1,6}"), "group": table["group"] != "",
+    fine = {"id": _shown(table["id"]), "count": table["count"].map(whole).notna(), "group": _shown(table["group"]),
             "part": table["part"].isin(PARTS)}
     for column, ok in fine.items():
         if ok.all(): continue
@@ -34,9 +41,10 @@ def _check_values(table, name):
         raise DataError(f"{name}: bin {table['id'][line]!r} has the {column} {table[column][line]!r}",
                         f"the parts are {', '.join(PARTS)}" if column == "part" else _HINT)
     if (twice := table["id"].duplicated()).any():
-        raise DataError(f"{name}: bin {table['id'][twice].iloc[0]!r} appears twice", _HINT)
+        hint = _HINT + "; a spreadsheet makes one number of 523 and 00523, which are two bins"
+        raise DataError(f"{name}: bin {table['id'][twice].iloc[0]!r} appears twice", hint)
 
-# %% ../../nbs/04_split/00_manifest.ipynb #fff3061e
+# %% ../../nbs/04_split/00_manifest.ipynb #35866b63
 def as_manifest(
     table:pd.DataFrame, # with the columns id, count, group and part, and maybe others
     name:str, # what to call it in a message, such as the path of its file
@@ -52,37 +60,30 @@ def as_manifest(
     if not torn and parts.max() > 1:
         raise DataError(f"{name}: group {parts.idxmax()!r} lies in two parts, a leak",
                         "make the split again, or take it as it is: given_split")
-    return table.astype({"count": int}).sort_values("id", ignore_index=True)
+    return table.assign(count=table["count"].map(whole).astype(int)).sort_values("id", ignore_index=True)
 
-# %% ../../nbs/04_split/00_manifest.ipynb #2b528ffa
+# %% ../../nbs/04_split/00_manifest.ipynb #4182d6e7
 def write_manifest(
     manifest:pd.DataFrame, # what split returned
     path:str|os.PathLike, # the CSV file to write
 )->str: # the file's SHA-256: the name of the split
     "Write a manifest. Raises `DataError` for a table that is not one, or if the disk refuses."
-    text = as_manifest(manifest, "the manifest", torn=True).to_csv(index=False, lineterminator="\n")
-    with atomic_write(path, "w") as file: file.write(text)
+    write_csv(as_manifest(manifest, "the manifest", torn=True), path)
     return sha256(path)
 
-# %% ../../nbs/04_split/00_manifest.ipynb #4be3f84a
-def _read_csv(path):
-    "A CSV file with all values as text."
-    try: return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise DataError(f"{path}: not a CSV file that can be read ({reason})",
-                        "pass the file that binvision split wrote") from e
+# %% ../../nbs/04_split/00_manifest.ipynb #79dbaa8e
+_WRITTEN = "pass the file that binvision split wrote"
 
-# %% ../../nbs/04_split/00_manifest.ipynb #20898788
+
 def read_manifest(
     path:str|os.PathLike, # a CSV file with the columns id, count, group, part
 )->pd.DataFrame: # the manifest, with its name in attrs["sha256"]
     "Read and check a manifest. Raises `DataError` for a file that cannot be read or is not a manifest."
-    manifest = as_manifest(_read_csv(path), path)
+    manifest = as_manifest(read_csv(path, _WRITTEN), path)
     manifest.attrs["sha256"] = sha256(path)
     return manifest
 
-# %% ../../nbs/04_split/00_manifest.ipynb #40707a4e
+# %% ../../nbs/04_split/00_manifest.ipynb #a0d88cd0
 _FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
@@ -90,18 +91,18 @@ def _class_folders(folder):
     "Rows (id, count, part) of the images in `train/1/ …`, or in `1/ …`, which is train."
     for path in sorted(folder.glob("*/*")) + sorted(folder.glob("*/*/*")):
         *part, count, name = path.relative_to(folder).parts
-        if not name.lower().endswith(SUFFIXES) or name[0] == "." or not count.isdecimal(): continue
+        if not name.lower().endswith(SUFFIXES) or name[0] == "." or not re.fullmatch("[0-9]{1,4}", count) or visible(name) != name: continue
         if not part: yield bin_id(name), count, "train"
         elif part[0] in _FOLDERS: yield bin_id(name), count, _FOLDERS[part[0]]
 
-# %% ../../nbs/04_split/00_manifest.ipynb #0e458233
+# %% ../../nbs/04_split/00_manifest.ipynb #dddd4cfe
 def _given_table(path):
     "The columns id, count and part (and maybe group) of a split in a folder, a list or a CSV file."
     if path.is_dir():
         table = pd.DataFrame(_class_folders(path), columns=["id", "count", "part"])
         if len(table): return table
         raise DataError(f"{path}: no images in class folders", "pass a folder with train/1/ … test/5/, or 1/ … 5/")
-    return read_list(path).assign(part="train") if path.suffix == ".json" else _read_csv(path)
+    return read_list(path).assign(part="train") if path.suffix == ".json" else read_csv(path, _WRITTEN)
 
 
 def given_split(
@@ -118,11 +119,12 @@ def given_split(
     if path.suffix != ".json" and path.is_file(): manifest.attrs["sha256"] = sha256(path)
     return manifest
 
-# %% ../../nbs/04_split/00_manifest.ipynb #6944a369
-def _check_all_found(rows, data):
-    "Raise `DataError` if bins of a manifest have no image in the data set folder."
+# %% ../../nbs/04_split/00_manifest.ipynb #d383f260
+def _check_all_found(rows, images, data, name):
+    "Raise `DataError` if bins of a manifest are not among the images of the data set folder."
     gone = rows["id"][rows["path"].isna()]
     if not len(gone): return
+    check_ids(rows["id"], images, name)
     if len(gone) == len(rows):
         raise DataError(f"{data}: holds none of the manifest's {len(rows):,} bins (first: {gone.iloc[0]})",
                         "the manifest belongs to another data set: pass the folder that it was made from")
@@ -130,15 +132,16 @@ def _check_all_found(rows, data):
     raise DataError(f"{data}: {len(gone):,} of the manifest's {len(rows):,} images have gone: {names}",
                     "bring them back, or make a new manifest: binvision split")
 
-# %% ../../nbs/04_split/00_manifest.ipynb #56a6098d
+# %% ../../nbs/04_split/00_manifest.ipynb #918d53e3
 def manifest_images(
     data:str|os.PathLike, # the data set folder
     manifest:pd.DataFrame|str|os.PathLike, # a manifest, or its path
     part:str|None=None, # train, valid or test; None for all
 )->pd.DataFrame: # the manifest's rows with a column path
     "A manifest with the path of each bin's image. Raises `DataError` if an image is missing."
+    images, name = find_images(data), "the manifest" if isinstance(manifest, pd.DataFrame) else manifest
     if not isinstance(manifest, pd.DataFrame): manifest = read_manifest(manifest)
     if part is not None: manifest = manifest[manifest["part"] == part]
-    rows = manifest.assign(path=manifest["id"].map(find_images(data)))
-    _check_all_found(rows, data)
+    rows = manifest.assign(path=manifest["id"].map(images))
+    _check_all_found(rows, images, data, name)
     return rows

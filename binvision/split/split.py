@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split', 'random_split', 'extend']
 
-# %% ../../nbs/04_split/01_split.ipynb #99dfd1e4
+# %% ../../nbs/04_split/01_split.ipynb #42c836cd
 import os
 
 import numpy as np
@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..data.catalogue import as_catalogue
 from ..data.groups import group_bins
+from ..data.lists import check_ids, read_list
 from ..ground.core import UsageError, rng
 from .manifest import as_manifest, given_split, read_manifest
 
@@ -31,10 +32,13 @@ def _meets(bins, condition):
         met &= bins[name].astype("string").isin([str(v) for v in values]).to_numpy(dtype=bool)
     return met
 
-# %% ../../nbs/04_split/01_split.ipynb #1c7c8ce5
+# %% ../../nbs/04_split/01_split.ipynb #47672a2e
 def _only_ids(bins, ids):
-    "The rows of `bins` that are named by a list of ids, or by a path that `given_split` takes."
-    ids = set(given_split(ids)["id"] if isinstance(ids, (str, os.PathLike)) else map(str, ids))
+    "The rows of `bins` that are named by a list of ids, by a path that `read_list` takes, or by class folders."
+    name = "ids"
+    if isinstance(ids, (str, os.PathLike)): name, ids = ids, (given_split if os.path.isdir(ids) else read_list)(ids)["id"]
+    ids = list(dict.fromkeys(map(str, ids)))
+    check_ids(ids, bins["id"], name)
     bins = bins[bins["id"].isin(ids)]
     if len(bins): return bins
     raise UsageError("ids: none of them is a bin of the catalogue", "check the spelling: 523 and 00523 are two bins")
@@ -122,7 +126,7 @@ def _check_sizes(table, shares):
                              "leave this count out, add bins, loosen eval_where, ask for other fractions, or make "
                              "smaller groups: groups=group_bins(cat, jaccard=0.6)")
 
-# %% ../../nbs/04_split/01_split.ipynb #111684a1
+# %% ../../nbs/04_split/01_split.ipynb #50370b5a
 def split(
     cat, # a Catalogue, a folder that holds one, or a data set folder
     counts=range(1, 6), # the counts to keep
@@ -130,7 +134,7 @@ def split(
     test:float=.15, # fraction of the eligible bins of each count for the test
     seed:int=0, # another seed, another split
     eval_where:str|dict|None=None, # the eligible bins, such as "in_udacity_file_list=1"; None: all
-    ids=None, # keep only these bins: a list of ids, or a path that given_split takes
+    ids=None, # keep only these bins: a list of ids, a path that read_list takes, or a folder of class folders
     by:str|None=None, # a column whose values are shared out evenly too, within each count, such as "source"
     groups:pd.Series|None=None, # the group of each bin, by id; None: group_bins(cat)
 )->pd.DataFrame: # the manifest: id, count, group, part; sorted by id
@@ -156,18 +160,19 @@ def random_split(
     cat = as_catalogue(cat)
     return split(cat, groups=pd.Series(cat.bins["id"].to_numpy(dtype=object), cat.bins["id"]), **kwargs)
 
-# %% ../../nbs/04_split/01_split.ipynb #65ca742e
+# %% ../../nbs/04_split/01_split.ipynb #ff9625f8
 def extend(
     manifest:pd.DataFrame|str|os.PathLike, # the manifest to extend, or its path
     cat, # a Catalogue, a folder that holds one, or a data set folder: the same bins and more
     counts=range(1, 6), # the counts to add; they may go beyond those of the manifest
-    ids=None, # add only these bins: a list of ids, or a path that given_split takes
+    ids=None, # add only these bins: a list of ids, a path that read_list takes, or a folder of class folders
     groups:pd.Series|None=None, # the group of each bin, by id; None: group_bins(cat)
 )->pd.DataFrame: # the manifest with more bins in train
     "Add bins to the train part of a manifest. Raises `UsageError` if bins of the manifest are missing from `cat`."
     if not isinstance(manifest, pd.DataFrame): manifest = read_manifest(manifest)
     cat = as_catalogue(cat)
     groups = group_bins(cat) if groups is None else groups
+    check_ids(manifest["id"], groups.index, "the manifest")
     if lost := sorted(set(manifest["id"]) - set(groups.index)):
         raise UsageError(f"extend: {len(lost):,} of the manifest's {len(manifest):,} bins are not in the catalogue "
                          f"(first: {lost[0]})", "pass the data set that the manifest was made from, and more bins")
