@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Card', 'read_card', 'check_file', 'save_model']
 
-# %% ../../nbs/05_model/01_folder.ipynb #478d1a6a
+# %% ../../nbs/05_model/01_folder.ipynb #f2f4acb8
 import json
 import os
 import reprlib
@@ -17,7 +17,8 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..ground.core import DataError, ModelError, atomic_folder, read_file, regular_file, sha256, visible
+from ..ground.core import DataError, ModelError, read_file, regular_file, sha256, visible
+from ..ground.folders import atomic_folder
 
 # %% ../../nbs/05_model/01_folder.ipynb #d3883e7f
 def _ascending(counts):

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['sensitivity', 'export']
 
-# %% ../../nbs/05_model/06_quantize.ipynb #d6e1c204
+# %% ../../nbs/05_model/06_quantize.ipynb #8546789b
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from fastcore.basics import patch
 
 from ..data.images import find_images
 from ..ground.core import DataError, ModelError, UsageError, atomic_write, rng, sha256
+from ..ground.folders import temporary_folder
 from .backends import BACKENDS, Model, load_model
 from .folder import check_file, read_card
 from .int8 import METHODS, CalibrationPictures, layers, prepare, quantize
@@ -42,7 +42,7 @@ def _candidate(file, card, folder):
     (folder/"card.json").write_text(text, encoding="utf-8")
     return load_model(folder, "int8")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #49ef541f
+# %% ../../nbs/05_model/06_quantize.ipynb #37172488
 def sensitivity(
     model:Model, # the original
     network:str|os.PathLike, # its ONNX file from prepare
@@ -50,11 +50,11 @@ def sensitivity(
 )->dict: # name of the layer → divergence in nats, the most sensitive first
     "How far the answers move when a single layer is quantised."
     found, before = {}, _run(model, paths)[0]
-    with tempfile.TemporaryDirectory() as home:
+    with temporary_folder() as home:
         for layer, node in layers(network).items():
             pictures = CalibrationPictures(paths, model.card, model.input)
-            file = quantize(network, Path(home)/"one.onnx", pictures, only=[node])
-            found[layer] = divergence(before, _run(_candidate(file, model.card, Path(home)/"one"), paths)[0])
+            file = quantize(network, home/"one.onnx", pictures, only=[node])
+            found[layer] = divergence(before, _run(_candidate(file, model.card, home/"one"), paths)[0])
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 # %% ../../nbs/05_model/06_quantize.ipynb #d32983e5
@@ -156,7 +156,7 @@ def _best(trials, folder, max_loss):
                      f"and at most {100 * max_loss:g} are allowed",
                      "nothing was written; use it in fp32, or allow more with --max-loss")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #5894631f
+# %% ../../nbs/05_model/06_quantize.ipynb #4c0c35a4
 def export(
     model:str|os.PathLike, # a model folder
     data:str|os.PathLike, # the data set folder
@@ -171,9 +171,9 @@ def export(
     if n < 1: raise UsageError(f"n is {n}: no pictures to calibrate with", "256 is a good number")
     folder = Path(model)
     original, (calibration, valid, labels, sha) = load_model(folder, "fp32"), _parts(data, manifest, n, seed)
-    with tempfile.TemporaryDirectory() as home:
-        network = prepare(check_file(folder, original.card, BACKENDS["fp32"]), Path(home)/"ready.onnx")
-        trials = _Trials(original, network, Path(home), calibration, valid, labels)
+    with temporary_folder() as home:
+        network = prepare(check_file(folder, original.card, BACKENDS["fp32"]), home/"ready.onnx")
+        trials = _Trials(original, network, home, calibration, valid, labels)
         best = _best(trials, folder, max_loss)
         entry = _entry(trials, best, sha, seed)
         _install(folder, read_card(folder), best["file"], entry)
