@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['folds', 'write_folds']
 
-# %% ../../nbs/04_split/03_folds.ipynb #4209e545
+# %% ../../nbs/04_split/03_folds.ipynb #b754fb66
 import os
 import re
 import warnings
@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from ..ground.core import UsageError, atomic_folder, rng
+from ..ground.core import UsageError, rng
+from ..ground.folders import atomic_folder
 from .manifest import PARTS, as_manifest, read_manifest, write_manifest
 
 # %% ../../nbs/04_split/03_folds.ipynb #4439587e
