@@ -179,7 +179,7 @@ def test_a_manifest_keeps_ids_as_they_are(tmp_path):
     ("id,count,group,part\n1,2,1,exam\n", "'exam'"), ("id,count,group,part\n1,2.5,1,test\n", "'2.5'"),
     ("id,count,group,part\n,2,1,test\n", "id ''"), ("id,count,group,part\n1,2\n", "bin '1'"),
     ("id,count,group,part\n", "no bins"), ("id,count,group,part\n1,2,1,test\n2,1,1,train\n", "two parts"),
-    ("", "not a CSV"), ("\x89PNG\r\n\x1a\n\x00\"", "no column|not a CSV")])
+    ("", "CSV table"), ("\x89PNG\r\n\x1a\n\x00\"", "no column|CSV table")])
 def test_a_damaged_manifest_is_named(tmp_path, text, words):
     path = tmp_path/"manifest.csv"
     path.write_bytes(text.encode("latin-1"))

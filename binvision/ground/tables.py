@@ -83,14 +83,14 @@ def _cells(reader):
         row += [""] * (len(header) - len(row))
         yield [from_cell(row[i]) for i in named]
 
-# %% ../../nbs/00_ground/05_tables.ipynb #c4203f03
+# %% ../../nbs/00_ground/05_tables.ipynb #85238dfb
 def decoded(
     raw:bytes, # the content of a text file
 )->str:
     "The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises `ValueError` for anything else."
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try: return raw.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"it is not UTF-8 text (byte {e.start})") from e
+    except UnicodeDecodeError as e: raise ValueError(f"it is not UTF-8 text (byte {e.start}); a spreadsheet can save it as CSV UTF-8") from e
 
 # %% ../../nbs/00_ground/05_tables.ipynb #f7a16cf6
 def parse_csv(
