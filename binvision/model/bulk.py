@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'LISTS', 'list_sources', 'Written', 'predict_to']
 
-# %% ../../nbs/05_model/04_bulk.ipynb #c9b8450f
+# %% ../../nbs/05_model/04_bulk.ipynb #9b99b577
 import csv
 import hashlib
 import json
@@ -17,17 +17,21 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..ground.core import DataError, UsageError, atomic_write
+from ..ground.core import DataError, UsageError, atomic_write, disk_errors, regular_file
 from ..ground.pictures import PICTURES
-from .predict import Model, load_model, predict_stream
+from .predict import Model, check_batch_size, load_model, predict_stream
 
-# %% ../../nbs/05_model/04_bulk.ipynb #db50a125
-def _walk(folder, inside=""):
+# %% ../../nbs/05_model/04_bulk.ipynb #a335ff9a
+def _walk(folder):
     "Names of the picture files in a folder, sorted within each folder."
-    with os.scandir(folder) as entries: here = sorted((e.name, e.is_dir()) for e in entries)
-    for name, is_folder in here:
-        if is_folder: yield from _walk(os.path.join(folder, name), f"{inside}{name}/")
-        elif os.path.splitext(name)[1].lower() in PICTURES: yield inside + name
+    todo = [("", True)]
+    while todo:
+        name, is_folder = todo.pop()
+        if is_folder:
+            try: here = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in os.scandir(os.path.join(folder, name)))
+            except OSError as e: raise DataError(f"{e.filename}: cannot be read ({e.strerror})", "check the permissions") from e
+            todo += [(f"{name}{entry}{'/' * inner}", inner) for entry, inner in reversed(here)]
+        elif os.path.splitext(name)[1].lower() in PICTURES: yield name
 
 # %% ../../nbs/05_model/04_bulk.ipynb #d980678d
 COLUMNS = ("path", "image", "file", "source") # of a list; the first of these that it has holds the paths
@@ -40,7 +44,7 @@ def _column(names, path):
     raise DataError(f"{path}: no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}",
                     "give the column of the pictures one of these names")
 
-# %% ../../nbs/05_model/04_bulk.ipynb #2a94d8bc
+# %% ../../nbs/05_model/04_bulk.ipynb #242b152b
 def _parquet_rows(path):
     import pyarrow.parquet as pq
 
@@ -49,7 +53,7 @@ def _parquet_rows(path):
     for batch in file.iter_batches(4096, columns=[column]):
         yield from (str(v or "") for v in batch.column(0).to_pylist())
 
-# %% ../../nbs/05_model/04_bulk.ipynb #daa1a2ff
+# %% ../../nbs/05_model/04_bulk.ipynb #56d2084a
 def _text_rows(path):
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".txt": yield from (line.strip() for line in file if line.strip())
@@ -58,13 +62,14 @@ def _text_rows(path):
             column = _column(reader.fieldnames, path)
             for row in reader: yield row[column] or ""
 
-# %% ../../nbs/05_model/04_bulk.ipynb #d16fbc38
+# %% ../../nbs/05_model/04_bulk.ipynb #219381ce
 def _rows(path, root):
     "Names and paths of the pictures in a list."
+    regular_file(path, 2 * 10**9)
     rows = _parquet_rows if path.suffix.lower() == ".parquet" else _text_rows
     try:
         for name in rows(path): yield name, str(root/name)
-    except (OSError, ValueError, csv.Error) as e:
+    except (OSError, ValueError, LookupError, NotImplementedError, csv.Error) as e:
         raise DataError(f"{path}: not a list that can be read ({getattr(e, 'strerror', None) or e})",
                         "pass a CSV or Parquet file with a column of paths, or a text file with a path a line") from e
 
@@ -79,18 +84,17 @@ def list_sources(
     elif source.suffix.lower() in LISTS: yield from _rows(source, source.parent if root is None else Path(root))
     else: yield str(source), str(source)
 
-# %% ../../nbs/05_model/04_bulk.ipynb #9600b3cd
+# %% ../../nbs/05_model/04_bulk.ipynb #6dde0cb9
 def _plan(model, sources):
     "What a journal belongs to, and the number of pictures."
     digest, n = hashlib.sha256(), 0
     for name, _ in sources:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
         n += 1
-    network = model.card.get("files", {}).get(model.path.name)
-    return {"model": network, "backend": model.backend, "counts": model.card["counts"],
+    return {"model": model.card["files"][model.path.name], "backend": model.backend, "counts": model.card["counts"],
             "pictures": digest.hexdigest(), "n": n}
 
-# %% ../../nbs/05_model/04_bulk.ipynb #09a5b20f
+# %% ../../nbs/05_model/04_bulk.ipynb #b5c83b39
 def _check_plan(header, plan, journal):
     "Raise `UsageError` unless the first line of a journal is `plan`."
     try: found = json.loads(header)
@@ -102,7 +106,8 @@ def _check_plan(header, plan, journal):
 
 def _resume(journal, plan):
     "How many answers a journal holds, after cutting off an incomplete last line."
-    if not journal.exists(): return 0
+    if not os.path.lexists(journal): return 0
+    regular_file(journal)
     with open(journal, "r+b") as file:
         header, end, done = file.readline(), 0, 0
         if header.endswith(b"\n"):
@@ -145,14 +150,13 @@ def _write_json(journal, out, counts):
     "The journal as lines of JSON."
     with atomic_write(out, "w") as file: file.writelines(_answers(journal))
 
-# %% ../../nbs/05_model/04_bulk.ipynb #aa6a5f8f
+# %% ../../nbs/05_model/04_bulk.ipynb #ca2b7b4c
 def _schema(counts):
     "The columns of a Parquet file of results."
     import pyarrow as pa
 
-    numbers = ["confidence", "mean", *(f"p{c}" for c in counts)]
-    return pa.schema([("source", pa.string()), ("count", pa.int64()), *((name, pa.float64()) for name in numbers),
-                      ("error", pa.string())])
+    numbers = [(name, pa.float64()) for name in ("confidence", "mean", *(f"p{c}" for c in counts))]
+    return pa.schema([("source", pa.string()), ("count", pa.int64()), *numbers, ("error", pa.string())])
 
 
 def _flat(line):
@@ -172,7 +176,7 @@ def _write_parquet(journal, out, counts):
         while rows := [_flat(line) for line in islice(lines, 10_000)]:
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
-# %% ../../nbs/05_model/04_bulk.ipynb #992b97aa
+# %% ../../nbs/05_model/04_bulk.ipynb #d688797a
 _WRITERS = {".parquet": _write_parquet, ".jsonl": _write_json}
 
 
@@ -180,7 +184,8 @@ def _writer(out, overwrite):
     "The function that writes a file of results."
     if out.suffix.lower() not in _WRITERS:
         raise UsageError(f"{out}: results are written to {' or '.join(_WRITERS)}", "give the file one of these endings")
-    if out.exists() and not overwrite: raise UsageError(f"{out}: already exists", "pass another --out, or --overwrite")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise UsageError(f"{out}: already exists", "pass another --out, or --overwrite for a file")
     return _WRITERS[out.suffix.lower()]
 
 # %% ../../nbs/05_model/04_bulk.ipynb #7dbf39d0
@@ -193,34 +198,36 @@ class Written:
     failed:int=0 # pictures without a count
     first_failures:list=field(default_factory=list) # (source, error) of the first hundred of them
 
-# %% ../../nbs/05_model/04_bulk.ipynb #5313e371
+# %% ../../nbs/05_model/04_bulk.ipynb #4406aa95
 @patch
 def _add(self:Written, line):
     "Count one line of a journal."
     self.n += 1
-    if '"error"' not in line: return
-    row = json.loads(line)
+    row = json.loads(line) if '"error"' in line else {}
     if not row.get("error"): return
     self.failed += 1
     if len(self.first_failures) < 100:
         self.first_failures.append((row["source"], row["error"].removeprefix(f"{row['source']}: ")))
 
-# %% ../../nbs/05_model/04_bulk.ipynb #9cbb9d08
+# %% ../../nbs/05_model/04_bulk.ipynb #e4064790
 def _finish(journal, write, out, counts, done):
-    "Turn a complete journal into the result."
+    "Turn a complete journal into the result. Raises `DataError` for one with lines that are no answers."
     written = Written(out, resumed=done)
-    for line in _answers(journal): written._add(line)
-    write(journal, out, counts)
+    try:
+        for line in _answers(journal): written._add(line)
+        write(journal, out, counts)
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise DataError(f"{journal}: has lines that are no answers ({e})", "delete it and start again") from e
     journal.unlink()
     return written
 
-# %% ../../nbs/05_model/04_bulk.ipynb #c12af119
+# %% ../../nbs/05_model/04_bulk.ipynb #d68fa891
 def predict_to(
     model, # a Model, or the path of a model folder
     source:str|os.PathLike, # a folder, or a list of pictures: see list_sources
     out:str|os.PathLike, # the file to write: .parquet or .jsonl
     root:str|os.PathLike|None=None, # where the paths in a list start; None for the folder of the list
-    batch_size:int=8, # pictures that go through the network together
+    batch_size:int=8, # pictures that go through the network together, 1 to 4,096
     backend:str|None=None, # see load_model
     threads:int|None=None, # see load_model
     overwrite:bool=False, # replace an existing result
@@ -228,14 +235,16 @@ def predict_to(
     "Predict a folder or a list into one file, or resume doing so. Raises `UsageError` or `DataError` before it starts."
     out, source = Path(out), Path(source)
     write = _writer(out, overwrite)
+    check_batch_size(batch_size)
     if not source.exists(): raise DataError(f"{source}: no such file or folder", "check the path")
     model = model if isinstance(model, Model) else load_model(model, backend, threads)
     plan = _plan(model, list_sources(source, root))
     if not plan["n"]: raise DataError(f"{source}: no pictures in it", f"looked for {' '.join(sorted(PICTURES))}")
     journal = out.with_name(out.name + ".journal")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = _resume(journal, plan)
-    try: _fill(journal, plan, model, list_sources(source, root), done, batch_size)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the answers so far are in {journal}; the same command continues from there") from None
+    with disk_errors(journal):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = _resume(journal, plan)
+        try: _fill(journal, plan, model, list_sources(source, root), done, batch_size)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the answers so far are in {journal}; the same command continues from there") from None
     return _finish(journal, write, out, model.card["counts"], done)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'CalibrationPictures', 'prepare', 'layers', 'quantize']
 
-# %% ../../nbs/05_model/05_int8.ipynb #cd1b8fcd
+# %% ../../nbs/05_model/05_int8.ipynb #a23b6c1d
 import contextlib
 import io
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..ground.core import BinvisionError, UsageError
+from ..ground.core import BinvisionError, ModelError, UsageError
 from ..ground.pictures import preprocess
 
 # %% ../../nbs/05_model/05_int8.ipynb #f15ed22d
@@ -56,14 +56,16 @@ def get_next(self:CalibrationPictures)->dict|None: # input name → n × 3 × si
 
 CalibrationPictures.__next__ = CalibrationPictures.get_next
 
-# %% ../../nbs/05_model/05_int8.ipynb #921cc65c
+# %% ../../nbs/05_model/05_int8.ipynb #8f7bfe26
 @contextlib.contextmanager
-def _quietly():
-    "Keep ONNX Runtime's quantiser from printing and from warning through the root logger."
+def _quantiser(network):
+    "Keep ONNX Runtime's quantiser from printing and from warning. Raises `ModelError` where it fails with a network."
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()): yield
+    except Exception as e:
+        raise ModelError(f"{network}: ONNX Runtime cannot quantise it ({type(e).__name__}: {str(e)[:200]})", "use it in fp32") from e
     finally: logging.disable(before)
 
 
@@ -74,7 +76,7 @@ def prepare(
     "Get a network ready for quantisation."
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with _quietly(): quant_pre_process(os.fspath(network), os.fspath(out), skip_symbolic_shape=True)
+    with _quantiser(network): quant_pre_process(os.fspath(network), os.fspath(out), skip_symbolic_shape=True)
     return Path(out)
 
 # %% ../../nbs/05_model/05_int8.ipynb #51fa764e
@@ -93,7 +95,7 @@ def layers(
 # %% ../../nbs/05_model/05_int8.ipynb #e6cfb409
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"} # ours → ONNX Runtime's name
 
-# %% ../../nbs/05_model/05_int8.ipynb #ce210b75
+# %% ../../nbs/05_model/05_int8.ipynb #3989cfb4
 def quantize(
     network:str|os.PathLike, # an ONNX file from prepare
     out:str|os.PathLike, # the file to write
@@ -108,7 +110,7 @@ def quantize(
     if method not in METHODS:
         raise UsageError(f"calibration method {method!r}: not known", f"use one of {', '.join(METHODS)}")
     pictures.set_range(0, len(pictures))
-    with _quietly():
+    with _quantiser(network):
         quantize_static(os.fspath(network), os.fspath(out), pictures, quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(keep),
                         nodes_to_quantize=list(only), calibrate_method=getattr(CalibrationMethod, METHODS[method]),

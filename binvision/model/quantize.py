@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['sensitivity', 'export']
 
-# %% ../../nbs/05_model/06_quantize.ipynb #8546789b
+# %% ../../nbs/05_model/06_quantize.ipynb #8ba825e5
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from fastcore.basics import patch
+from pydantic import Field
 
 from ..data.images import find_images
 from ..ground.core import DataError, ModelError, UsageError, atomic_write, rng, sha256
 from ..ground.folders import temporary_folder
+from ..ground.settings import checked
 from .backends import BACKENDS, Model, load_model
 from .folder import check_file, read_card
 from .int8 import METHODS, CalibrationPictures, layers, prepare, quantize
@@ -42,7 +46,7 @@ def _candidate(file, card, folder):
     (folder/"card.json").write_text(text, encoding="utf-8")
     return load_model(folder, "int8")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #37172488
+# %% ../../nbs/05_model/06_quantize.ipynb #83536bbc
 def sensitivity(
     model:Model, # the original
     network:str|os.PathLike, # its ONNX file from prepare
@@ -156,7 +160,14 @@ def _best(trials, folder, max_loss):
                      f"and at most {100 * max_loss:g} are allowed",
                      "nothing was written; use it in fp32, or allow more with --max-loss")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #4c0c35a4
+# %% ../../nbs/05_model/06_quantize.ipynb #4e6bcbd7
+@dataclass
+class _Settings:
+    n:Annotated[int, Field(ge=1)] # training pictures to calibrate with, 1 or more
+    seed:Annotated[int, Field(ge=0, lt=2**63)] # a whole number of at most 63 bits
+    max_loss:Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] # accuracy that may be lost, 0 to 1
+
+# %% ../../nbs/05_model/06_quantize.ipynb #64f2d294
 def export(
     model:str|os.PathLike, # a model folder
     data:str|os.PathLike, # the data set folder
@@ -168,9 +179,9 @@ def export(
 )->dict: # what goes into the card under int8
     "Add an 8-bit network to a model folder. Raises `ModelError` if it would lose too much, `UsageError` or `DataError`."
     if not int8: raise UsageError("nothing to export", "say what: --int8, or int8=True")
-    if n < 1: raise UsageError(f"n is {n}: no pictures to calibrate with", "256 is a good number")
-    folder = Path(model)
-    original, (calibration, valid, labels, sha) = load_model(folder, "fp32"), _parts(data, manifest, n, seed)
+    checked(_Settings, {"n": n, "seed": seed, "max_loss": max_loss})
+    original, (calibration, valid, labels, sha) = load_model(model, "fp32"), _parts(data, manifest, n, seed)
+    folder = original.folder
     with temporary_folder() as home:
         network = prepare(check_file(folder, original.card, BACKENDS["fp32"]), home/"ready.onnx")
         trials = _Trials(original, network, home, calibration, valid, labels)
