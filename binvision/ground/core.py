@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BinvisionError', 'DataError', 'ModelError', 'UsageError', 'ImageError', 'bin_id', 'visible', 'rng', 'set_seed',
-           'read_file', 'regular_file', 'sha256', 'disk_errors', 'locked', 'remove', 'claimed', 'atomic_write',
-           'atomic_folder']
+           'read_file', 'regular_file', 'sha256', 'disk_errors', 'locked', 'remove', 'claimed', 'atomic_write']
 
-# %% ../../nbs/00_ground/00_core.ipynb #4bd9f137
+# %% ../../nbs/00_ground/00_core.ipynb #c3a092e4
 import contextlib
 import hashlib
 import json
@@ -21,6 +20,7 @@ import sys
 import unicodedata
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 # %% ../../nbs/00_ground/00_core.ipynb #cb122f79
@@ -167,25 +167,21 @@ def disk_errors(
         raise DataError(f"{path}: cannot be written ({e.strerror or e})",
                         "free some space, or pass a folder that you may write to") from e
 
-# %% ../../nbs/00_ground/00_core.ipynb #8d0ffdec
-_FILLED = set() # temporary folders that this process is filling: it need not wait for itself
-
-
+# %% ../../nbs/00_ground/00_core.ipynb #39592b9c
 @contextlib.contextmanager
 def locked(
-    path:str|os.PathLike, # a file or a folder that exists
-    wait:bool=False, # wait while another process has it locked
-)->Iterator[bool]: # False where another process has it, and where the system cannot lock
-    "Lock a file or a folder during the block."
+    path:str|os.PathLike, # a file or a folder
+)->Iterator[bool|None]: # False if another has it locked; None if it is not there, or the system cannot lock it
+    "Lock a file or a folder during the block, without waiting."
     with contextlib.ExitStack() as held:
-        if wait and Path(path) in _FILLED: return (yield True)
-        got = False
+        got = None
         with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, and not every disk has locks
             import fcntl
             fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             held.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            got = True
+            try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: got = False
+            else: got = os.path.samestat(os.fstat(fd), os.stat(path))  # renamed meanwhile: it has its owner
         yield got
 
 # %% ../../nbs/00_ground/00_core.ipynb #f565d03b
@@ -196,42 +192,41 @@ def remove(
     if os.path.isdir(path) and not os.path.islink(path): return shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError): os.unlink(path)
 
-# %% ../../nbs/00_ground/00_core.ipynb #e55ecf3c
-def _free_name(path):
-    "A temporary name beside `path`; what killed processes have left under such names is removed."
+# %% ../../nbs/00_ground/00_core.ipynb #8bc0ae29
+def _free_names(path):
+    "Temporary names beside `path`, without those that are in use; what killed processes have left there is removed."
     names = [path.with_name(f".{path.name}.{n}.part") for n in range(8)]
     for name in filter(os.path.lexists, names):
         with locked(name) as nobodys:
             if nobodys: remove(name)
     spare = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    return next((name for name in names if not os.path.lexists(name)), spare)
+    return [*(name for name in names if not os.path.lexists(name)), spare]
 
-# %% ../../nbs/00_ground/00_core.ipynb #3ac2690f
+# %% ../../nbs/00_ground/00_core.ipynb #35e5df99
 @contextlib.contextmanager
 def claimed(
     path:Path, # what will be there when it is complete; its folder is created if missing
-    create, # called with the temporary path: makes a file or a folder
-    publish, # called with the temporary path and `path`, if the block ends without an error
+    create, # called with the temporary path: makes a file or a folder, or raises FileExistsError
+    publish, # called with the temporary path and the path, if the block ends without an error
 )->Iterator[Path]: # the temporary path
     "A temporary file or folder beside `path`, locked during the block; an error removes it."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = None
     with contextlib.ExitStack() as held:
         try:
-            with locked(path.parent, wait=True):  # no other process may take the same name
-                name = _free_name(path)
-                create(name)
-                part = name
-                held.enter_context(locked(part))
-            _FILLED.add(part)
-            held.callback(_FILLED.discard, part)
+            for name in _free_names(path):
+                with contextlib.suppress(FileExistsError):
+                    create(name)
+                    part = name
+                    if held.enter_context(locked(name)) is not False and os.path.lexists(name): break
+                part = None
             yield part
             publish(part, path)
         except BaseException:
             if part: remove(part)
             raise
 
-# %% ../../nbs/00_ground/00_core.ipynb #84bc5a1b
+# %% ../../nbs/00_ground/00_core.ipynb #05b3587a
 @contextlib.contextmanager
 def atomic_write(
     path:str|os.PathLike, # the file to write; its folder is created if missing
@@ -240,32 +235,7 @@ def atomic_write(
 ):
     "Open a temporary file for writing, and rename it to `path` if the block ends without an error. Raises `DataError` where the disk refuses."
     path, text = Path(path), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    def create(part): part.touch(exist_ok=False)
-    with disk_errors(path), claimed(path, create, os.replace) as part, open(part, mode, **text) as file:
+    with disk_errors(path), claimed(path, partial(Path.touch, exist_ok=False), os.replace) as part, open(part, mode, **text) as file:
         yield file
         file.flush()
         if sync: os.fsync(file.fileno())
-
-# %% ../../nbs/00_ground/00_core.ipynb #5a1b8cad
-@contextlib.contextmanager
-def atomic_folder(
-    path:str|os.PathLike, # the folder to write; an existing one is replaced as a whole
-):
-    "Yield a temporary folder to fill, and rename it to `path` if the block ends without an error. Raises `DataError` where the disk refuses."
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        temporary.mkdir()
-    try:
-        with disk_errors(path):
-            yield temporary
-            if path.exists():
-                old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-                os.rename(path, old)
-                os.rename(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
-            else: os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -23,17 +23,16 @@ def _settle(path):
     if os.path.lexists(path): remove(_old(path))
     elif os.path.lexists(_old(path)): os.rename(_old(path), path)
 
-# %% ../../nbs/00_ground/06_folders.ipynb #d653938f
+# %% ../../nbs/00_ground/06_folders.ipynb #c6d0f7e8
 def _replace(part, path):
-    "Give the complete folder `part` the name `path`; one process at a time does so."
-    with locked(path.parent, wait=True):
-        _settle(path)
+    "Give the complete folder `part` the name `path`. The folder that steps aside is locked, so that it is not taken for one that was left."
+    with locked(path):
         try:
             if os.path.lexists(path): os.rename(path, _old(path))
             os.rename(part, path)
         finally: _settle(path)
 
-# %% ../../nbs/00_ground/06_folders.ipynb #46ba71a1
+# %% ../../nbs/00_ground/06_folders.ipynb #ebf568db
 @contextlib.contextmanager
 def atomic_folder(
     path:str|os.PathLike, # the folder to write; an existing one is replaced as a whole
@@ -41,7 +40,8 @@ def atomic_folder(
     "A temporary folder that becomes `path` if the block ends without an error. Raises `DataError` where the disk refuses."
     path = Path(path)
     with disk_errors(path):
-        with locked(path.parent, wait=True): _settle(path)
+        with locked(_old(path)) as left:
+            if left is not False: _settle(path)
         with claimed(path, os.mkdir, _replace) as part: yield part
 
 # %% ../../nbs/00_ground/06_folders.ipynb #cf969579
