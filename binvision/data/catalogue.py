@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Catalogue', 'read_catalogue', 'catalogue', 'as_catalogue']
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #e3dc1434
+# %% ../../nbs/02_data/03_catalogue.ipynb #6bdc12ff
 import contextlib
 import csv
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from .documents import MEASURES, parse_document
 from .images import data_folder, file_names, image_facts, list_images
 from .lists import check_ids, read_labels
 from ..ground.core import DataError, ImageError, atomic_write, read_file
+from ..ground.folders import temporary_folder
 from ..ground.machine import cores
 from ..ground.tables import read_csv, read_parquet, to_cell
 
@@ -206,7 +206,7 @@ def _write(listing, out, images, chunk=5000):
             problems.writerows(_safe(some_problems))
             bar.update(len(ids))
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #fc1b0ed6
+# %% ../../nbs/02_data/03_catalogue.ipynb #02ff879f
 def catalogue(
     data:str|os.PathLike, # a data set folder
     out:str|os.PathLike|None=None, # folder for bins.parquet, items.parquet, problems.csv; None keeps no files
@@ -215,7 +215,7 @@ def catalogue(
     "Read a data set folder into tables. Raises `DataError` for a folder without bins; other faults become problems."
     listing = _Listing(data)
     listing.check()
-    with tempfile.TemporaryDirectory() as spare:
+    with temporary_folder() as spare:
         _write(listing, out or spare, images)
         return read_catalogue(out or spare)
 
