@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN', 'request_id', 'allowed', 'GuardMiddleware', 'refusal']
 
-# %% ../../nbs/12_serve/08_guard.ipynb #7b624384
+# %% ../../nbs/12_serve/08_guard.ipynb #052691a6
 import hmac
 import logging
 import re
@@ -15,6 +15,7 @@ import uuid
 
 from fastcore.basics import patch
 
+from ..ground.core import ModelError
 from .metrics import log_event
 from .pictures import Problem
 
@@ -88,7 +89,14 @@ def _finish(self:GuardMiddleware, scope, seconds):
     about = {"request_id": state["id"], "method": method, "path": path, "status": state["status"]}
     log_event("request", **about, **size, client=client, **code)
 
-# %% ../../nbs/12_serve/08_guard.ipynb #d86cc32d
+# %% ../../nbs/12_serve/08_guard.ipynb #4f872fec
+def _failure(error):
+    "What the caller is told of an error."
+    if isinstance(error, ModelError):
+        return Problem(500, "model", "the network gives no usable answer: the operator has to replace the model")
+    return Problem(500, "failed", "the service failed; its log says why, under the request's id")
+
+# %% ../../nbs/12_serve/08_guard.ipynb #316629c1
 @patch
 async def _respond(self:GuardMiddleware, scope, receive, send):
     "Let the application answer, or refuse."
@@ -96,10 +104,10 @@ async def _respond(self:GuardMiddleware, scope, receive, send):
     try:
         if allowed(scope["path"], headers, self.service.settings.token): return await self.app(scope, receive, send)
         problem = Problem(401, "token", "send the header Authorization: Bearer TOKEN")
-    except Exception:
+    except Exception as e:
         log_event("failed", logging.ERROR, exc_info=sys.exc_info(), request_id=state["id"])
         if state["status"] is not None: return
-        problem = Problem(500, "failed", "the service failed; its log says why, under the request's id")
+        problem = _failure(e)
     await refusal(self.service, scope, problem)(scope, receive, send)
 
 # %% ../../nbs/12_serve/08_guard.ipynb #cc335598
