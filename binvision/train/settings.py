@@ -23,7 +23,7 @@ Three = tuple[Number, Number, Number]
 Resize = Literal["squash", "pad"]
 Loss = Literal["cross_entropy", "soft", "ordinal"]
 
-# %% ../../nbs/06_train/00_settings.ipynb #5c5e8bd1
+# %% ../../nbs/06_train/00_settings.ipynb #e2982d2f
 @dataclass
 class TrainSettings:
     "How a model is trained."
@@ -50,6 +50,7 @@ class TrainSettings:
     balanced:bool=False # draw each count equally often
     cache:str|Path|bool|None=None # a folder for decoded pictures; None for memory, if they fit; False (none on a command line) for no cache
     compile:bool=False # compile the network with torch.compile, on CUDA only
+    corrections:str|Path|None=None # a CSV file, id and count, to believe for train bins; an empty count leaves a bin out
 
 # %% ../../nbs/06_train/00_settings.ipynb #4a862899
 SEARCHABLE = ("arch", "size", "resize", "batch_size", "lr", "epochs", "frozen_epochs", "patience", "augment",

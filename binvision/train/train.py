@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/06_train/11_train.ipynb #2d0994dc
+# %% ../../nbs/06_train/11_train.ipynb #e511b264
 import json
 import os
 import shutil
@@ -13,14 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 
-from ..ground.core import UsageError, atomic_write, set_seed
+from ..ground.core import UsageError, atomic_write, set_seed, sha256
 from ..ground.machine import versions
 from ..ground.settings import checked, takes
 from ..model.folder import read_card
+from ..split.corrections import correct
 from ..split.manifest import read_manifest
 from .learner import bin_learner, fine_tune, plot_history, suggest_lr
 from .loaders import bin_dataloaders
@@ -30,7 +32,7 @@ from .publish import calibrate, write_model
 from .recipes import recipe_callbacks
 from .settings import TrainSettings, plain
 
-# %% ../../nbs/06_train/11_train.ipynb #01d8f9a4
+# %% ../../nbs/06_train/11_train.ipynb #bb8622fc
 @dataclass
 class _Run:
     "One training."
@@ -39,6 +41,7 @@ class _Run:
     out:Path # the run folder
     settings:TrainSettings # how to train
     notes:dict = field(default_factory=dict) # what else config.json says
+    rows:pd.DataFrame|None = None # the bins of the manifest, with corrections
 
 
 @patch(as_prop=True)
@@ -52,17 +55,21 @@ def write_json(self:_Run, name, content):
     if rank_distrib(): return
     with atomic_write(self.out/name, "w") as file: json.dump(content, file, indent=2)
 
-# %% ../../nbs/06_train/11_train.ipynb #e556b0ae
+# %% ../../nbs/06_train/11_train.ipynb #ed595812
 def _prepared(data, manifest, out, settings):
     "A run with everything that is known before it begins."
     mean, std = normalisation(settings.arch, settings.weights, settings.mean, settings.std)
-    notes = {"manifest_sha256": read_manifest(manifest).attrs["sha256"]}
-    return _Run(Path(data), Path(manifest), Path(out), replace(settings, mean=mean, std=std), notes)
+    rows = read_manifest(manifest)
+    notes = {"manifest_sha256": rows.attrs["sha256"]}
+    if settings.corrections is not None:
+        rows, notes["corrected"] = correct(rows, settings.corrections)
+        notes["corrections_sha256"] = sha256(settings.corrections)
+    return _Run(Path(data), Path(manifest), Path(out), replace(settings, mean=mean, std=std), notes, rows)
 
-# %% ../../nbs/06_train/11_train.ipynb #09170bc8
-_FILES = {"config.json", "environment.json", "lr_find.png", "history.csv", "curves.png",
+# %% ../../nbs/06_train/11_train.ipynb #a8166b88
+_FILES = {"config.json", "manifest.csv", "environment.json", "lr_find.png", "history.csv", "curves.png",
           "checkpoints", "tensorboard", "model"} # what a run folder holds
-_MAY_CHANGE = {"data", "manifest", "workers", "device", "cache", "compile", "hardware", "interrupted", "versions"}
+_MAY_CHANGE = {"data", "manifest", "corrections", "workers", "device", "cache", "compile", "hardware", "interrupted", "versions"}
 
 
 def _changed(old, new):
@@ -107,22 +114,23 @@ def found(self:_Run, overwrite, resume):
     self.check_changes(old)
     return "finished" if finished else old
 
-# %% ../../nbs/06_train/11_train.ipynb #258fa4a2
+# %% ../../nbs/06_train/11_train.ipynb #39907606
 @patch
 def clear(self:_Run):
-    "Make the folder an empty run folder; only a run's own files are removed."
+    "Make the folder a run folder with nothing but its manifest; only a run's own files are removed."
     if rank_distrib(): return
     for path in [self.out/name for name in _FILES if (self.out/name).exists()]:
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink()
     self.write_json("config.json", {})
+    with atomic_write(self.out/"manifest.csv") as file: file.write(self.manifest.read_bytes())
 
-# %% ../../nbs/06_train/11_train.ipynb #98654371
+# %% ../../nbs/06_train/11_train.ipynb #b81d6b82
 @patch
 def loaders(self:_Run):
     "The DataLoaders that the settings describe."
     s = self.settings
-    return bin_dataloaders(self.data, self.manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment,
+    return bin_dataloaders(self.data, self.rows, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment,
                            s.workers, s.device, s.cache, s.balanced)
 
 # %% ../../nbs/06_train/11_train.ipynb #b4833f8d
@@ -187,7 +195,7 @@ def rescue(self:_Run, learn):
     self.finish(learn, interrupted=True)
     raise KeyboardInterrupt(f"the best epoch so far is in {self.out/'model'}; resume with --resume") from None
 
-# %% ../../nbs/06_train/11_train.ipynb #d5be70fd
+# %% ../../nbs/06_train/11_train.ipynb #c7107914
 @patch
 def fit(self:_Run, learn, resumed, cbs):
     "Fine-tune, and write the model."
