@@ -69,7 +69,7 @@ def _refers(raw):
     parts = _messages(onnx.load_model_from_string(raw))
     return any(getattr(part, "data_location", 0) == onnx.TensorProto.EXTERNAL for part in parts)
 
-# %% ../../nbs/05_model/02_backends.ipynb #3174de64
+# %% ../../nbs/05_model/02_backends.ipynb #4de96124
 def _short(error):
     "What a library says, on one line."
     return visible(" ".join(str(error).split()))[:200]
@@ -85,20 +85,20 @@ def _session(path, backend, threads):
     providers = ["CUDAExecutionProvider"] * (backend == "cuda") + ["CPUExecutionProvider"]
     try:
         if _refers(Path(path).read_bytes()): raise ValueError("it keeps numbers in other files")
-        session = ort.InferenceSession(path, options, providers=providers)
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=backend == "cuda")
     except Exception as e:
         raise ModelError(f"{path}: ONNX Runtime cannot open it ({_short(e)})",
                          "export the model again, or upgrade onnxruntime") from e
     return session if session.get_providers()[0] == providers[0] else None
 
-# %% ../../nbs/05_model/02_backends.ipynb #f54818e5
+# %% ../../nbs/05_model/02_backends.ipynb #90784dd0
 def _misfit(session, card):
     "In what a network does not fit its card, or `None`."
     sides = {"input": (session.get_inputs(), [3, card["size"], card["size"]]),
              "output": (session.get_outputs(), [len(card["counts"])])}
     for side, (found, wanted) in sides.items():
         if len(found) != 1: return f"has {len(found)} {side}s instead of one"
-        kind, shape = found[0].type, found[0].shape or [0]
+        kind, shape = found[0].type, found[0].shape or ["unknown"]
         if kind != "tensor(float)" or shape[1:] != wanted or isinstance(shape[0], int):
             return f"its {side} is a {kind} of shape {shape}, and the card asks for tensor(float) and {['any', *wanted]}"
     return None
@@ -131,13 +131,15 @@ class Model:
     def __repr__(self):
         return f"Model({self.card['arch']}, counts {self.card['counts']}, {self.card['size']} px, {self.backend})"
 
-# %% ../../nbs/05_model/02_backends.ipynb #cbe2ef61
+# %% ../../nbs/05_model/02_backends.ipynb #fda766a0
 @patch
 def _open(self:Model, backend, threads):
     "Set `backend`, `path` and `session`, after checking the file's hash and what goes in and comes out."
     self.backend, self.path = backend, check_file(self.folder, self.card, BACKENDS[backend])
     self.session = _session(self.path, backend, threads)
-    if self.session and (problem := _misfit(self.session, self.card)):
+    try: problem = self.session and _misfit(self.session, self.card)
+    except UnicodeDecodeError: problem = "has names that are not text"
+    if problem:
         raise ModelError(f"{self.path}: {problem}", "files of two models were mixed: copy the whole model folder again")
 
 # %% ../../nbs/05_model/02_backends.ipynb #194e7916
