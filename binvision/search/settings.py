@@ -50,13 +50,13 @@ class HeadSettings:
 HEAD_SEARCHABLE = ("lr", "batch_size", "weight_decay", "dropout", "mirror") # what a search may vary of a head
 BACKBONE = ("arch", "weights", "size", "resize", "mean", "std", "seed", "device") # what features depend on
 
-# %% ../../nbs/08_search/00_settings.ipynb #aa14dd09
+# %% ../../nbs/08_search/00_settings.ipynb #47387dc6
 def fixed_names(
     frozen:bool=False, # for a search of heads on a frozen backbone
 )->tuple: # names of settings
     "The settings of training that a search can hold fixed."
     if frozen: return (*BACKBONE, *(f.name for f in fields(HeadSettings)))
-    return tuple(f.name for f in fields(TrainSettings) if f.name not in ("workers", "compile"))
+    return tuple(f.name for f in fields(TrainSettings) if f.name not in ("workers", "compile", "corrections"))
 
 # %% ../../nbs/08_search/00_settings.ipynb #80e8d0e7
 def unknown_name(
