@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['suspicious', 'summary', 'explore']
 
-# %% ../../nbs/02_data/08_explore.ipynb #0913c9e8
+# %% ../../nbs/02_data/08_explore.ipynb #029bc913
 import os
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .plots import (plot_brightness, plot_counts, plot_dimensions, plot_quantiti
 from .related import before_after, near_duplicates
 from ..ground.core import atomic_write, rng
 from ..ground.show import figure, html_page
+from ..ground.tables import write_csv
 
 # %% ../../nbs/02_data/08_explore.ipynb #5ed70f51
 def _rules(bins, tiny, dark):
@@ -121,7 +122,7 @@ def _tables(cat):
     return {"suspicious": suspicious(cat), "before_after": before_after(cat),
             "near_duplicates": near_duplicates(cat.bins)}
 
-# %% ../../nbs/02_data/08_explore.ipynb #09a90865
+# %% ../../nbs/02_data/08_explore.ipynb #6ba13c45
 def explore(
     data:str|os.PathLike, # a data set folder
     out:str|os.PathLike, # folder for index.html and suspicious.csv, before_after.csv, near_duplicates.csv, problems.csv
@@ -133,7 +134,6 @@ def explore(
     tables = _tables(cat)
     lead = f"{len(cat.bins):,} bins, {cat.bins['image'].notna().sum():,} images, {len(cat.items):,} items in them."
     page = html_page(f"Bins of {Path(data).resolve().name}", _sections(data, cat, tables, seed), lead)
-    for name, table in {**tables, "problems": cat.problems}.items():
-        with atomic_write(out/f"{name}.csv", "w") as file: table.to_csv(file, index=False, lineterminator="\n")
+    for name, table in {**tables, "problems": cat.problems}.items(): write_csv(table, out/f"{name}.csv")
     with atomic_write(out/"index.html", "w") as file: file.write(page)
     return out/"index.html"

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['difference', 'compare', 'plot_comparison']
 
-# %% ../../nbs/07_evaluate/03_compare.ipynb #ea4aa609
-import json
+# %% ../../nbs/07_evaluate/03_compare.ipynb #6d930213
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..ground.core import DataError, UsageError
+from ..ground.core import DataError, UsageError, read_file
 from ..ground.show import MAIN, new_axes
 from .figures import FIGURES, Answers, figures_of, image_sums
 from .metrics import interval, resample
@@ -38,14 +38,18 @@ def difference(
             for name, title in FIGURES.items() if name != "ece"}
     return pd.DataFrame(rows).T.rename(columns={"value": "difference"}).astype(float)
 
-# %% ../../nbs/07_evaluate/03_compare.ipynb #73f159e0
+# %% ../../nbs/07_evaluate/03_compare.ipynb #e0fbf986
+_EVALUATED = "pass a folder that binvision evaluate wrote"
+
+
 def _read_result(source):
     "A result of `evaluate` or of `metrics`, read from a report folder or a metrics.json where it is a path."
     if isinstance(source, dict): return source
     path = Path(source)/"metrics.json" if Path(source).is_dir() else Path(source)
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: no readable metrics ({e})", "pass a folder that binvision evaluate wrote") from e
+    try: result = orjson.loads(read_file(path, 50_000_000))
+    except ValueError as e: raise DataError(f"{path}: no readable metrics ({e})", _EVALUATED) from e
+    if isinstance(result, dict): return result
+    raise DataError(f"{path}: no metrics in it", _EVALUATED)
 
 # %% ../../nbs/07_evaluate/03_compare.ipynb #b3cfb191
 _WITH_INTERVAL = ("accuracy", "mae", "rmse", "macro_f1") # the figures whose intervals are in the table
@@ -63,20 +67,27 @@ def _same_images(results):
                          f"{these}, {images[first]})", "evaluate all models on one part of one manifest")
     return found
 
-# %% ../../nbs/07_evaluate/03_compare.ipynb #75cf49f5
+# %% ../../nbs/07_evaluate/03_compare.ipynb #acb8dd88
+def _row(m):
+    "The row of one model: images, figures, and the ends of some intervals."
+    row = {"images": m["n"]}
+    for key, title in FIGURES.items():
+        row[title] = m[key]["value"]
+        if key in _WITH_INTERVAL: row |= {f"{title} {end}": m[key][end] for end in ("low", "high")}
+    return row
+
+
 def compare(
     results:dict, # name → result of metrics or evaluate, or a report folder
 )->pd.DataFrame: # a row for each model: images, every figure, and the ends of some of their 95 % intervals
     "Put several models in one table. Raises `UsageError` for different images, `DataError` for an unreadable report."
     if not results: raise UsageError("no results to compare", "pass at least one, under a name")
-    found = _same_images({name: _read_result(source) for name, source in results.items()})
-    rows = {}
-    for name, m in found.items():
-        rows[name] = {"images": m["n"]}
-        for key, title in FIGURES.items():
-            rows[name][title] = m[key]["value"]
-            if key in _WITH_INTERVAL: rows[name] |= {f"{title} {end}": m[key][end] for end in ("low", "high")}
-    return pd.DataFrame(rows).T.astype(float).astype({"images": int})
+    try:
+        found = _same_images({name: _read_result(source) for name, source in results.items()})
+        rows = {name: _row(m) for name, m in found.items()}
+        return pd.DataFrame(rows).T.astype(float).astype({"images": int})
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise DataError(f"{', '.join(map(str, results))}: not all are results of evaluate ({type(e).__name__}: {e})", _EVALUATED) from e
 
 # %% ../../nbs/07_evaluate/03_compare.ipynb #4fee162b
 def plot_comparison(

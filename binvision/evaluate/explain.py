@@ -66,7 +66,7 @@ def grad_cam(
         raise UsageError(f"count {count}: the model knows only {card['counts']}", "pass one of these, or nothing")
     return explain_network(card, net, source, count)
 
-# %% ../../nbs/07_evaluate/04_explain.ipynb #0d4fa46c
+# %% ../../nbs/07_evaluate/04_explain.ipynb #d3aa80e1
 def plot_grad_cam(
     model, # a model folder, or a Model
     sources:list, # pictures: whatever predict takes
@@ -79,5 +79,5 @@ def plot_grad_cam(
         picture, heat, count = explain_network(card, net, source)
         ax.imshow(picture)
         ax.imshow(heat, cmap="inferno", alpha=.7*heat, vmin=0, vmax=1)
-        ax.set_title(f"{title}\nwhy {count}?" if title else f"why {count}?", fontsize=9)
+        ax.set_title(f"{title}\nwhy {count}?" if title else f"why {count}?", fontsize=9, parse_math=False)
     return fig

@@ -139,7 +139,7 @@ def picture_grid(
     for ax in axes: ax.axis("off")
     return fig, axes
 
-# %% ../../nbs/07_evaluate/02_plots.ipynb #153839a7
+# %% ../../nbs/07_evaluate/02_plots.ipynb #23e414a7
 def plot_mistakes(
     table:pd.DataFrame, # columns id, path, count, predicted and confidence, such as evaluate makes
     n:int=8, # how many pictures
@@ -153,5 +153,5 @@ def plot_mistakes(
         picture = load_image(row.path)
         picture.thumbnail((240, 240))
         ax.imshow(picture)
-        ax.set_title(f"{row.id}\n{row.count} in it, said {row.predicted}, {row.confidence:.0%}", fontsize=9)
+        ax.set_title(f"{row.id}\n{row.count} in it, said {row.predicted}, {row.confidence:.0%}", fontsize=9, parse_math=False)
     return fig if len(wrong) else nothing(axes[0], "no mistakes")

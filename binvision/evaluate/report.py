@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'read_predictions']
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #801783e8
+# %% ../../nbs/07_evaluate/06_report.ipynb #c7113f4d
 import json
 import os
 from datetime import date
@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..ground.core import DataError, ModelError, UsageError, atomic_write, sha256
+from ..ground.core import DataError, ModelError, UsageError, atomic_write, sha256, visible
 from ..ground.machine import hardware, versions
 from ..ground.show import figure, html_page
+from ..ground.tables import read_csv, write_csv
 from ..split.manifest import manifest_images, read_manifest
 from ..model.predict import Model, load_model, predict
 from .metrics import class_table, constants, metrics, metrics_table
@@ -174,7 +175,7 @@ def _sections(result, table, model, cams):
         ("Images that could not be opened", [failed], len(failed)),
         ("Circumstances", [pd.Series(_flat(rest), name="value").to_frame()], True)) if wanted]
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #7edd67e9
+# %% ../../nbs/07_evaluate/06_report.ipynb #2d549f57
 def _check_writable(out):
     "Find a full disk or a read-only folder before the work."
     with atomic_write(out/".writable"): pass
@@ -185,9 +186,9 @@ def _write(out, result, table, model, cams):
     "Write the three files of a report."
     title = f"{model.card['arch']} on the {result['part']} part"
     page = html_page(title, _sections(result, table, model, cams), _lead(result))
-    with atomic_write(out/"predictions.csv", "w") as file: table.drop(columns="path").to_csv(file, index=False)
+    write_csv(table.drop(columns="path"), out/"predictions.csv")
     with atomic_write(out/"metrics.json", "w") as file:
-        json.dump(result, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write(visible(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False), keep="\n"))
     with atomic_write(out/"report.html", "w") as file: file.write(page)
 
 # %% ../../nbs/07_evaluate/06_report.ipynb #a2bbbe2b
@@ -218,12 +219,15 @@ def evaluate(
     if out is not None: _write(Path(out), result, table, model, cams)
     return result
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #1dbbfbc9
+# %% ../../nbs/07_evaluate/06_report.ipynb #1797b843
 def read_predictions(
     report:str|os.PathLike, # a folder that evaluate wrote
 )->dict: # labels, probabilities, counts and groups, as metrics takes them
     "The predictions of a report as arrays. Raises `DataError` where there are none."
-    path = Path(report)/"predictions.csv"
-    try: return _arrays(pd.read_csv(path, dtype={"id": str, "group": str, "error": str}))
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})", "pass a folder that binvision evaluate wrote") from e
+    path, hint = Path(report)/"predictions.csv", "pass a folder that binvision evaluate wrote"
+    table = read_csv(path, hint)
+    try:
+        found = _arrays(table.assign(error=table["error"].mask(table["error"] == "")))
+        if len(found["counts"]) and np.isfinite(found["probabilities"]).all(): return found
+    except (KeyError, AttributeError, ValueError): pass
+    raise DataError(f"{path}: holds no counts with probabilities", hint)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAIN', 'ACCENT', 'GREY', 'BLUES', 'figure', 'new_axes', 'nothing', 'html_page']
 
-# %% ../../nbs/00_ground/02_show.ipynb #6d21cc00
+# %% ../../nbs/00_ground/02_show.ipynb #7535b503
 import base64
 import io
 from importlib.resources import files
@@ -15,6 +15,8 @@ from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from .core import visible
 
 # %% ../../nbs/00_ground/02_show.ipynb #cdfc5bfd
 MAIN, ACCENT, GREY = "#2a6f97", "#e07a3f", "#8a8f94"
@@ -54,7 +56,7 @@ def nothing(
     ax.set(xticks=[], yticks=[])
     return ax.figure
 
-# %% ../../nbs/00_ground/02_show.ipynb #6b40652d
+# %% ../../nbs/00_ground/02_show.ipynb #b24cd8b9
 def _part(part, dpi):
     "What `html_page` makes of one part: its kind, and the content for the template."
     if hasattr(part, "savefig"):
@@ -71,7 +73,8 @@ def html_page(
     lead:str="", # a sentence under the heading
     dpi:int=90, # resolution of the figures
 )->str:
-    "One self-contained HTML page; text is escaped and pictures are embedded as PNG."
+    "One self-contained HTML page; text is escaped and made visible, and pictures are embedded as PNG."
     parts = [(heading, [_part(p, dpi) for p in content]) for heading, content in sections]
     template = files("binvision.ground").joinpath("page.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True).from_string(template).render(title=title, lead=lead, sections=parts)
+    page = Environment(autoescape=True).from_string(template).render(title=title, lead=lead, sections=parts)
+    return visible(page, keep="\n")
