@@ -168,8 +168,8 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize("id, reason", [
-    ("half", "truncated"), ("zero", "is empty"), ("text", "not an image"), ("bomb", "50,000,000 pixels"),
-    ("large", "50,000,000 pixels"), ("halfpng", "ends in the middle"), ("folder", "irectory"),
+    ("half", "truncated"), ("zero", "is empty"), ("text", "not an image"), ("bomb", "25,000,000 pixels"),
+    ("large", "25,000,000 pixels"), ("halfpng", "ends in the middle"), ("folder", "irectory"),
     ("gone", "no such file")])
 def test_an_unreadable_image_is_a_problem_and_its_bin_has_no_image(images, id, reason):
     data, tables = images

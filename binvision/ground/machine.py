@@ -25,8 +25,8 @@ def memory()->int:
     except (OSError, ValueError): pass  # no container, or one without a limit
     return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-# %% ../../nbs/00_ground/01_machine.ipynb #e147acf0
-MAX_PIXELS = 50_000_000 # of one picture; decoded, they take 150 MB
+# %% ../../nbs/00_ground/01_machine.ipynb #a51eb2cb
+MAX_PIXELS = 25_000_000 # of one picture; decoded, they take 75 MB
 
 # %% ../../nbs/00_ground/01_machine.ipynb #f3f5d80d
 def hardware()->dict: # processor, cores, system; fit for JSON

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PICTURE_PROBLEMS', 'IMAGENET', 'PICTURES', 'source_name', 'is_tensor', 'open_picture', 'eight_bits', 'to_rgb',
-           'load_image', 'fit_image', 'preprocess', 'thumbnail', 'list_pictures']
+           'upright', 'load_image', 'fit_image', 'preprocess', 'thumbnail', 'list_pictures']
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #344ceb57
+# %% ../../nbs/00_ground/03_pictures.ipynb #f6b289d9
 import base64
 import contextlib
 import io
@@ -18,34 +18,33 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .core import BinvisionError, DataError, ImageError, ModelError
+from .bounds import MAX_BYTES, Costly, open_bounded
+from .core import BinvisionError, DataError, ImageError, ModelError, read_file
 from .machine import MAX_PIXELS
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #a0b364dd
+# %% ../../nbs/00_ground/03_pictures.ipynb #ba109da9
 PICTURE_PROBLEMS = { # kind → what is wrong, what to do
     "missing": ("no such file", "check the path"),
     "folder": ("a directory, not a picture", "pass a picture"),
+    "special": ("is not a regular file", "pass a file, or a link to one; no device or pipe"),
     "unreadable": ("cannot be read", "check the permissions of the file"),
     "empty": ("is empty", "fetch or take it again"),
+    "heavy": (f"more than {MAX_BYTES:,} bytes", "scale it down first"),
     "unknown": ("not an image that can be read", "pass a JPEG or PNG picture"),
     "large": (f"more than {MAX_PIXELS:,} pixels", "scale it down first; bin photos have under 2 million"),
+    "costly": ("takes too much work to open", "open it in another program and save it as a JPEG or PNG"),
     "truncated": ("ends in the middle", "fetch or take it again"),
     "damaged": ("cannot be decoded", "fetch or take it again"),
 }
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #1b2543ad
-def _is_empty(source):
-    "Whether a source holds no bytes at all."
-    if isinstance(source, (bytes, bytearray, memoryview)): return not len(source)
-    return isinstance(source, (str, os.PathLike)) and not os.path.getsize(source)
-
-
-def _problem_kind(source, error):
+# %% ../../nbs/00_ground/03_pictures.ipynb #2149715e
+def _problem_kind(error):
     "Which of `PICTURE_PROBLEMS` an exception from Pillow or the operating system stands for."
     if isinstance(error, FileNotFoundError): return "missing"
     if isinstance(error, IsADirectoryError): return "folder"
+    if isinstance(error, Costly): return "costly"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)): return "large"
-    if isinstance(error, UnidentifiedImageError): return "empty" if _is_empty(source) else "unknown"
+    if isinstance(error, UnidentifiedImageError): return "unknown"
     if isinstance(error, OSError) and error.errno: return "unreadable"
     return "truncated" if "truncated" in str(error).lower() else "damaged"
 
@@ -58,6 +57,12 @@ def source_name(
     if isinstance(source, Image.Image): return str(getattr(source, "filename", "") or "image")
     name = getattr(source, "name", None)  # an open file has one
     return name if hasattr(source, "read") and isinstance(name, str) else type(source).__name__
+
+# %% ../../nbs/00_ground/03_pictures.ipynb #3da81ab6
+def _problem(source, kind, detail=""):
+    "One of `PICTURE_PROBLEMS` as an error."
+    problem, hint = PICTURE_PROBLEMS[kind]
+    return ImageError(f"{source_name(source)}: {problem}{detail and f' ({detail})'}", hint, kind)
 
 # %% ../../nbs/00_ground/03_pictures.ipynb #985cf5f0
 def is_tensor(
@@ -76,40 +81,57 @@ def _from_pixels(source):
         raise ImageError(f"{source_name(source)} of shape {shape} and type {kind}: not a picture", f"pass {wanted}, of type uint8", "unknown")
     return Image.fromarray(source.detach().cpu().numpy().transpose(1, 2, 0) if is_tensor(source) else source)
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #765817cb
-def _as_image(source, formats=None):
-    "The source as a Pillow image, not decoded yet where it is a file."
-    if isinstance(source, Image.Image): return source
-    if isinstance(source, np.ndarray) or is_tensor(source): return _from_pixels(source)
-    if isinstance(source, (bytes, bytearray, memoryview)): source = io.BytesIO(source)
+# %% ../../nbs/00_ground/03_pictures.ipynb #8c84bcba
+def _file_bytes(path):
+    "The bytes of a picture file."
+    try: return read_file(path, MAX_BYTES)
+    except DataError as e:
+        if isinstance(e.__cause__, OSError): raise e.__cause__
+        kind = "folder" if os.path.isdir(path) else "heavy" if os.path.isfile(path) else "special"
+        raise _problem(path, kind) from e
+
+# %% ../../nbs/00_ground/03_pictures.ipynb #61b52fa9
+def _content(source):
+    "The bytes of a path, of an open file, or of bytes."
+    if isinstance(source, (str, os.PathLike)): return _file_bytes(source)
+    if isinstance(source, (bytes, bytearray, memoryview)): return bytes(source)
     if isinstance(source, io.TextIOBase):
         raise ImageError(f"{source_name(source)}: is open as text", 'open it with mode "rb"', "unknown")
-    if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"): return Image.open(source, formats=formats)
-    raise ImageError(f"{source_name(source)}: not a picture",
-                     "pass a path, bytes, a file open for reading, a PIL image, an array or a tensor", "unknown")
+    if not hasattr(source, "read"):
+        raise ImageError(f"{source_name(source)}: not a picture",
+                         "pass a path, bytes, a file open for reading, a PIL image, an array or a tensor", "unknown")
+    with contextlib.suppress(AttributeError, OSError): source.seek(0)  # a file that can be read once has no seek
+    return source.read(MAX_BYTES + 1)
+
+# %% ../../nbs/00_ground/03_pictures.ipynb #a73f42de
+def _as_image(source, formats, max_pixels):
+    "The source as a Pillow image, not decoded yet where it is a file."
+    image = _from_pixels(source) if isinstance(source, np.ndarray) or is_tensor(source) else source
+    if isinstance(image, Image.Image):
+        if image.width * image.height > max_pixels: raise Image.DecompressionBombError("too large")
+        if image.width * image.height: return image
+        raise ImageError(f"{source_name(source)}: has no pixels ({image.width} × {image.height})", "pass a picture", "empty")
+    raw = _content(source)
+    if not raw or len(raw) > MAX_BYTES: raise _problem(source, "heavy" if raw else "empty")
+    return open_bounded(raw, formats, max_pixels)
 
 
 @contextlib.contextmanager
 def open_picture(
     source, # anything that load_image takes
-    formats:tuple|None=None, # Pillow's names of the formats to accept, such as ("JPEG", "PNG"); None for all
+    formats:tuple|None=None, # Pillow's names of the formats to accept, such as ("JPEG", "PNG"); None for FORMATS of ground.bounds
+    max_pixels:int=MAX_PIXELS, # that it may have
 )->Iterator[Image.Image]: # not decoded yet
-    "Open a picture of at most `MAX_PIXELS` for the block. Raises `ImageError` for anything that goes wrong with it."
+    "Open a picture for the block. Raises `ImageError` for anything that goes wrong with it."
     try:
-        image = _as_image(source, formats)
-        try:
-            if image.width * image.height > MAX_PIXELS: raise Image.DecompressionBombError("too large")
-            if not image.width * image.height:
-                raise ImageError(f"{source_name(source)}: has no pixels ({image.width} × {image.height})", "pass a picture", "empty")
-            yield image
+        image = _as_image(source, formats, max_pixels)
+        try: yield image
         finally:
             if image is not source: image.close()
     except BinvisionError: raise
     except Exception as e:  # decoders trip over damaged files in every way there is
-        kind = _problem_kind(source, e)
-        problem, hint = PICTURE_PROBLEMS[kind]
-        detail = f" ({e})" if kind in ("truncated", "damaged", "unreadable") else ""
-        raise ImageError(f"{source_name(source)}: {problem}{detail}", hint, kind) from e
+        kind = _problem_kind(e)
+        raise _problem(source, kind, str(e) if kind in ("costly", "truncated", "damaged", "unreadable") else "") from e
 
 # %% ../../nbs/00_ground/03_pictures.ipynb #76acb0d0
 def eight_bits(
@@ -132,14 +154,25 @@ def to_rgb(
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #ffd41c1d
+# %% ../../nbs/00_ground/03_pictures.ipynb #5c7e24be
+_TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), 2))
+
+
+def upright(
+    image:Image.Image, # as stored
+)->Image.Image: # as held; the same image if there is nothing to turn
+    "A picture turned as its EXIF data say."
+    turn = _TURNS.get(image.getexif().get(0x0112))
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+# %% ../../nbs/00_ground/03_pictures.ipynb #1f0f6674
 def load_image(
     source, # a path, bytes or open binary file, a PIL image, or uint8 pixels: an array (height × width [× 3]) or tensor (3 × height × width)
 )->Image.Image: # 8-bit RGB, upright
     "Open a picture of any common kind as upright RGB. Raises `ImageError`, which names what cannot be opened."
     with open_picture(source) as image:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image)
+        return to_rgb(upright(image))
 
 # %% ../../nbs/00_ground/03_pictures.ipynb #cb7c1074
 def fit_image(
