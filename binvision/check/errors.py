@@ -160,7 +160,7 @@ def _falsified(self:_Records, errors):
     added = self.items.loc[extra["row"].astype(int)].assign(id=extra["id"].to_numpy())
     return pd.concat([items, added]).sort_values("id", kind="stable", ignore_index=True).astype(self.items.dtypes.to_dict())
 
-# %% ../../nbs/09_check/00_errors.ipynb #a42c3104
+# %% ../../nbs/09_check/00_errors.ipynb #72ce7720
 def falsify(
     items:pd.DataFrame, # a row an item: id, asin, quantity, and maybe others
     kind:str|Iterable|dict="one off", # a key of KINDS, several, or kind → weight
@@ -175,6 +175,7 @@ def falsify(
     limits = (1, int(total.max()) + 1_000_000) if counts is None else (min(counts), max(counts))
     free = total.index[total.between(*limits)]
     if ids is not None: free = free.intersection(pd.Index(list(ids), dtype=object))
+    if not len(free): raise UsageError("falsify: no record has one of these counts and ids", "check counts and ids")
     asked = _shared_out(kind, round(share * len(free)))
     records = _Records(items, total, limits, rng(seed, "errors"))
     errors = records._errors(asked, free)
