@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from binvision import __version__
 from binvision.cli.main import app
 
-COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "train", "evaluate", "ensemble", "export", "predict",
+COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "folds", "train", "evaluate", "ensemble", "export", "predict",
             "serve", "search", "demo"]
 PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 TINY = ["--arch", "resnet18", "--weights", "none", "--size", "64", "--batch-size", "8", "--frozen-epochs", "0", "--lr", "0.001"]
@@ -77,11 +77,11 @@ def _click_command(name):
 
 
 FUNCTIONS = {
-    "synthesize": "synthetic.synthesize", "catalogue": "data.catalogue", "explore": "data.explore", "split": "split.split",
+    "synthesize": "synthetic.synthesize", "catalogue": "data.catalogue", "explore": "data.explore", "split": "split.split", "folds": "split.folds",
     "train": "train.train", "evaluate": "evaluate.report", "ensemble": "evaluate.ensemble", "export": "model.quantize",
     "predict": "model.predict", "search": "search.search", "fetch": "fetch.fetch", "index": "fetch.index", "serve": "serve.run"}
 ONLY_HERE = {
-    "split": "data catalogue given extend out", "train": "from_", "predict": "out root overwrite",
+    "split": "data catalogue given extend out", "folds": "out", "train": "from_", "predict": "out root overwrite",
     "search": "arch weights size epochs fixed device show_space",
     "fetch": "lists counts per_count sample balance index seed images_only metadata_only dry_run"}
 

@@ -9,8 +9,8 @@ __all__ = ['main']
 from . import data, demo, fetch, model, search, serve, train
 from .app import app
 
-# %% ../../nbs/13_cli/09_main.ipynb #d69b7886
-_ORDER = "demo synthesize fetch index catalogue explore split train search evaluate ensemble export predict serve".split()
+# %% ../../nbs/13_cli/09_main.ipynb #9925e23d
+_ORDER = "demo synthesize fetch index catalogue explore split folds train search evaluate ensemble export predict serve".split()
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.name))
 
 
