@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Outcome', 'Fetched', 'fetch', 'Estimate', 'estimate']
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #8106da73
+# %% ../../nbs/03_fetch/03_fetch.ipynb #21079f71
 import re
 import threading
 import time
@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from .bucket import Bucket, ObjectError
 from .ledger import FetchFolder
 from .transfer import OutageGuard, get_object, in_parallel, progress_bar
-from ..ground.core import DataError, UsageError, atomic_write, bin_id, rng
+from ..ground.core import DataError, UsageError, bin_id, rng
+from ..ground.tables import write_csv
 
 # %% ../../nbs/03_fetch/03_fetch.ipynb #36c249f2
 def _checked_ids(ids):
@@ -105,15 +106,14 @@ def _outcomes(fetch_one, keys, bucket, concurrency, stop, progress):
             bar.update()
     guard.end()
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #7f405fc5
+# %% ../../nbs/03_fetch/03_fetch.ipynb #ea48d481
 def _finish(folder, failed):
     "Write the list of failures, or remove that of an earlier run; close the folder."
     rows = sorted((bin_id(o.key), o.key, f"{o.kind}: {o.reason}", o.attempts) for o in failed)
     table, file = pd.DataFrame(rows, columns=["id", "key", "reason", "attempts"]), folder.data/"failures.csv"
     try:
         if not failed: file.unlink(missing_ok=True)
-        else:
-            with atomic_write(file, "w") as f: table.to_csv(f, index=False)
+        else: write_csv(table, file)
     finally: folder.close()
     return table
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['index']
 
-# %% ../../nbs/03_fetch/04_index.ipynb #d1750003
+# %% ../../nbs/03_fetch/04_index.ipynb #485471c6
 import shutil
 import threading
 from contextlib import closing, contextmanager
@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from ..data.documents import parse_document
 from .bucket import Bucket, ObjectError, list_ids
 from .transfer import OutageGuard, get_object, in_parallel, progress_bar
-from ..ground.core import DataError, UsageError, atomic_write, disk_errors
+from ..ground.core import DataError, UsageError, atomic_write, disk_errors, regular_file
+from ..ground.tables import read_parquet
 
 # %% ../../nbs/03_fetch/04_index.ipynb #5600ac40
 def _read_count(bucket, store, stop, id):
@@ -75,18 +76,18 @@ def _join(parts, out, bucket):
     with atomic_write(out) as file, pq.ParquetWriter(file, _SCHEMA) as writer:
         for part in files: writer.write_table(pq.read_table(part))
 
-# %% ../../nbs/03_fetch/04_index.ipynb #ab19990b
+# %% ../../nbs/03_fetch/04_index.ipynb #175b92d7
 def _check_index(out):
     "Raise `UsageError` for a file that `index` did not make."
-    try: names = pq.read_schema(out).names
-    except pa.ArrowInvalid: names = []
-    if names != _SCHEMA.names:
+    try: ours = pq.read_schema(regular_file(out)).equals(_SCHEMA)
+    except (OSError, pa.ArrowException, DataError): ours = False
+    if not ours:
         raise UsageError(f"{out}: exists and is no index of a bucket", "move it away, or pass another --out")
 
-# %% ../../nbs/03_fetch/04_index.ipynb #c6f3bf9d
+# %% ../../nbs/03_fetch/04_index.ipynb #1fbdb411
 def _read_again(out, read):
     "Read the documents again that failed."
-    table = pq.read_table(out, schema=_SCHEMA).to_pandas().astype({"count": "Int64"}).set_index("id")
+    table = read_parquet(out, "delete it, and run the same command again").to_pandas().astype({"count": "Int64"}).set_index("id")
     failed = list(table.index[table["count"].isna()])
     if not failed: return
     table.update(read(failed).to_pandas().astype({"count": "Int64"}).set_index("id"))

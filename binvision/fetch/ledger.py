@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['FetchFolder']
 
-# %% ../../nbs/03_fetch/02_ledger.ipynb #0f1e6aee
+# %% ../../nbs/03_fetch/02_ledger.ipynb #fbe54c57
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
+import orjson
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from .bucket import ObjectError
-from .transfer import check_object, md5
-from ..ground.core import BinvisionError, DataError, UsageError, atomic_write, disk_errors
+from .transfer import LARGEST_OBJECT, check_object, md5
+from ..ground.core import BinvisionError, DataError, UsageError, atomic_write, disk_errors, read_file
+from ..ground.tables import LARGEST
 
-# %% ../../nbs/03_fetch/02_ledger.ipynb #47bbebc7
+# %% ../../nbs/03_fetch/02_ledger.ipynb #079ac4e3
 def _read_ledger(file):
     "The complete lines of a ledger or a journal: key → MD5."
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    lines = read_file(file, LARGEST).decode(errors="replace").splitlines() if file.exists() else []
     found = (re.fullmatch(r"([0-9a-f]{32})  ((?:bin-images|metadata)/[^/]+)", line) for line in lines)
     return {match[2]: bytes.fromhex(match[1]) for match in found if match}
 
@@ -37,12 +39,12 @@ class FetchFolder:
         self.ledger, self.journal = self.data/"checksums.md5", self.data/".checksums.journal"
         self.lock = FileLock(self.data/".fetch.lock")
 
-# %% ../../nbs/03_fetch/02_ledger.ipynb #9d24ae24
+# %% ../../nbs/03_fetch/02_ledger.ipynb #6cdd8a1b
 @patch
 def _check_max_side(self:FetchFolder):
     "Note how large the pictures are, or compare with what an earlier run noted."
     file = self.data/"fetch.json"
-    try: before = json.loads(file.read_text())["max_side"] if file.exists() else self.max_side
+    try: before = orjson.loads(read_file(file, 10_000))["max_side"] if file.exists() else self.max_side
     except (ValueError, TypeError, KeyError) as e:
         raise DataError(f"{file}: cannot be read ({e})", "delete it if all pictures there have one size limit") from e
     if before != self.max_side:
@@ -102,15 +104,15 @@ def put(
     with atomic_write(self.data/key, sync=False) as file: file.write(raw)
     self._note(key, digest)
 
-# %% ../../nbs/03_fetch/02_ledger.ipynb #9c71592a
+# %% ../../nbs/03_fetch/02_ledger.ipynb #c2bee55f
 @patch
 def has(
     self:FetchFolder,
     key:str, # key of the object, such as bin-images/00523.jpg
 )->bool:
     "Whether a complete and unchanged file is there."
-    try: raw = (self.data/key).read_bytes()
-    except FileNotFoundError: return False
+    try: raw = read_file(self.data/key, LARGEST_OBJECT)
+    except DataError: return False
     digest = md5(raw)
     if key in self.sums: return self.sums[key] == digest
     try: check_object(key, raw)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'LISTS', 'list_sources', 'Reader', 'Written', 'read_to', 'predict_to']
 
-# %% ../../nbs/05_model/04_bulk.ipynb #9b99b577
-import csv
+# %% ../../nbs/05_model/04_bulk.ipynb #37edb1f0
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from fastcore.basics import patch
 
 from ..ground.core import DataError, UsageError, atomic_write, disk_errors, regular_file
 from ..ground.pictures import PICTURES
+from ..ground.tables import csv_rows, encoding_of
 from .predict import Model, check_batch_size, load_model, predict_stream
 
 # %% ../../nbs/05_model/04_bulk.ipynb #a335ff9a
@@ -44,32 +44,36 @@ def _column(names, path):
     raise DataError(f"{path}: no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}",
                     "give the column of the pictures one of these names")
 
-# %% ../../nbs/05_model/04_bulk.ipynb #242b152b
+# %% ../../nbs/05_model/04_bulk.ipynb #7c45f1c7
 def _parquet_rows(path):
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
-    column = _column(file.schema_arrow.names, path)
-    for batch in file.iter_batches(4096, columns=[column]):
-        yield from (str(v or "") for v in batch.column(0).to_pylist())
+    try:
+        file = pq.ParquetFile(path)
+        column = _column(file.schema_arrow.names, path)
+        for batch in file.iter_batches(4096, columns=[column]): yield from (v or "" for v in batch.column(0).cast(pa.string()).to_pylist())
+    except pa.ArrowException as e: raise ValueError(str(e)) from e
 
-# %% ../../nbs/05_model/04_bulk.ipynb #56d2084a
+# %% ../../nbs/05_model/04_bulk.ipynb #7f6485ef
 def _text_rows(path):
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, "rb") as file: encoding = encoding_of(file.read(2))
+    with open(path, encoding=encoding, newline="") as file:
         if path.suffix.lower() == ".txt": yield from (line.strip() for line in file if line.strip())
         else:
-            reader = csv.DictReader(file)
-            column = _column(reader.fieldnames, path)
-            for row in reader: yield row[column] or ""
+            rows = csv_rows(file, COLUMNS)
+            names = next(rows)
+            at = names.index(_column(names, path))
+            yield from (row[at] for row in rows)
 
-# %% ../../nbs/05_model/04_bulk.ipynb #219381ce
+# %% ../../nbs/05_model/04_bulk.ipynb #b62ebb11
 def _rows(path, root):
     "Names and paths of the pictures in a list."
     regular_file(path, 2 * 10**9)
     rows = _parquet_rows if path.suffix.lower() == ".parquet" else _text_rows
     try:
         for name in rows(path): yield name, str(root/name)
-    except (OSError, ValueError, LookupError, NotImplementedError, csv.Error) as e:
+    except (OSError, ValueError, LookupError) as e:
         raise DataError(f"{path}: not a list that can be read ({getattr(e, 'strerror', None) or e})",
                         "pass a CSV or Parquet file with a column of paths, or a text file with a path a line") from e
 
