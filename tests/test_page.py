@@ -147,6 +147,20 @@ def test_several_photos_become_a_table_that_sorts_and_downloads(visit, url, open
     assert v.page.locator("#list").is_hidden() and v.page.locator("#detail").is_hidden()
 
 
+def test_a_name_acts_neither_on_the_page_nor_in_a_spreadsheet(visit, url, photos, tmp_path):
+    names = ["a\u202egpj.exe", "\x1b[31mred.jpg", " =1+1.jpg", "＝1+1.jpg", MARKUP]
+    for name in names: (tmp_path / name).write_bytes(photos[4].read_bytes())
+    v = visit()
+    v.page.goto(url)
+    v.page.set_input_files("#files", [tmp_path / name for name in names])
+    sync_api.expect(v.page.locator("#summary")).to_have_text("5 of 5 photos")
+    shown = [r"a\u202egpj.exe", r"\u001b[31mred.jpg", " =1+1.jpg", "＝1+1.jpg", MARKUP]
+    assert v.page.locator("#rows td.name button").evaluate_all("all => all.map(e => e.textContent)") == shown
+    with v.page.expect_download() as download: v.page.click("#csv")
+    rows = list(csv.reader(Path(download.value.path()).read_text(encoding="utf-8-sig").splitlines()))
+    assert [row[0] for row in rows[1:]] == [*shown[:2], "' =1+1.jpg", "'＝1+1.jpg", MARKUP]
+
+
 def test_the_keyboard_is_enough(visit, url, photos):
     v = visit()
     v.page.goto(url)

@@ -176,7 +176,7 @@ def png_of(width, height, depth, colour):
 @functools.cache
 def bad_pictures():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
-    jpeg, png = saved(image), saved(image, "PNG")
+    jpeg, png, progressive = saved(image), saved(image, "PNG"), saved(image, progressive=True)
     png16 = saved(Image.fromarray(np.full((8, 8), 300, np.uint16)), "PNG")
     return {
         "empty": (b"", 400, "empty"), "half a JPEG": (jpeg[:len(jpeg) // 2], 422, "truncated"),
@@ -189,7 +189,7 @@ def bad_pictures():
         "16-bit RGB": (png_of(8, 8, 16, 2), 422, "16-bit"),
         "a bomb": (saved(Image.new("1", (10_000, 6000)), "PNG"), 413, "too-many-pixels"),
         "a bomb that lies": (png_of(2**31 - 1, 2**31 - 1, 8, 2), 413, "too-many-pixels"),
-        "too many scans": (jpeg[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 200 + jpeg[-2:], 422, "too-many-scans"),
+        "too many scans": (progressive[:-2] + b"\xff\xda\0\x08\1\1\0\1\x3f\x10" * 200 + progressive[-2:], 422, "costly"),
     }
 
 

@@ -45,7 +45,7 @@ def jpeg_segments(
         yield found[1][0], raw[at+2:at+size]
         at += size
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #90f56f7c
+# %% ../../nbs/00_ground/03_bounds.ipynb #797b730c
 _FRAMES = {0xC0, 0xC1, 0xC2} # the kinds of JPEG that cameras and browsers know: baseline, extended, progressive
 _RARE = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF} # lossless and arithmetic ones, which take long
 _NOTES = {0xFE, *range(0xE0, 0xF0)} # metadata
@@ -54,7 +54,7 @@ _NOTES = {0xFE, *range(0xE0, 0xF0)} # metadata
 def _scans_allowed(frame, max_pixels):
     "How many scans a JPEG may have, by the segment that tells its size."
     height, width = struct.unpack(">HH", frame[2:6])
-    return min(MAX_SCANS, MAX_PASSES * max(1, max_pixels // max(1, height * width)))
+    return min(MAX_SCANS, max(MAX_PASSES, MAX_PASSES * max_pixels // max(1, height * width)))
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #eabdaccf
 def check_jpeg(

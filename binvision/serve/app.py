@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['body_docs', 'answer_docs', 'make_app']
 
-# %% ../../nbs/12_serve/09_app.ipynb #97bb40a3
+# %% ../../nbs/12_serve/09_app.ipynb #26c1c833
 import importlib.resources
 import os
 import re
 from http import HTTPStatus
 
-import orjson
 import prometheus_client as prom
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -26,11 +25,11 @@ from .guard import GuardMiddleware, refusal
 from .intake import PicturesIn
 from .limits import ServeSettings
 from .page import PAGE, POLICY, csp_hash
-from .pictures import Problem
+from .pictures import Problem, visible_json
 from .service import Service
 
-# %% ../../nbs/12_serve/09_app.ipynb #cd052362
-def _json(content): return Response(orjson.dumps(content), media_type="application/json")
+# %% ../../nbs/12_serve/09_app.ipynb #e7c316fa
+def _json(content): return Response(visible_json(content), media_type="application/json")
 
 # %% ../../nbs/12_serve/09_app.ipynb #d82f29d6
 _SMALL = (  # a 16 × 16 PNG

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPEN', 'request_id', 'allowed', 'GuardMiddleware', 'refusal']
 
-# %% ../../nbs/12_serve/08_guard.ipynb #052691a6
+# %% ../../nbs/12_serve/08_guard.ipynb #dcc1d709
+import asyncio
 import hmac
 import logging
 import re
@@ -89,14 +90,16 @@ def _finish(self:GuardMiddleware, scope, seconds):
     about = {"request_id": state["id"], "method": method, "path": path, "status": state["status"]}
     log_event("request", **about, **size, client=client, **code)
 
-# %% ../../nbs/12_serve/08_guard.ipynb #4f872fec
+# %% ../../nbs/12_serve/08_guard.ipynb #abc6fa4f
 def _failure(error):
     "What the caller is told of an error."
+    if isinstance(error, asyncio.CancelledError):
+        return Problem(503, "stopping", "the service is stopping: try again in 5 s", retry=5)
     if isinstance(error, ModelError):
         return Problem(500, "model", "the network gives no usable answer: the operator has to replace the model")
     return Problem(500, "failed", "the service failed; its log says why, under the request's id")
 
-# %% ../../nbs/12_serve/08_guard.ipynb #316629c1
+# %% ../../nbs/12_serve/08_guard.ipynb #c8abba5d
 @patch
 async def _respond(self:GuardMiddleware, scope, receive, send):
     "Let the application answer, or refuse."
@@ -104,13 +107,13 @@ async def _respond(self:GuardMiddleware, scope, receive, send):
     try:
         if allowed(scope["path"], headers, self.service.settings.token): return await self.app(scope, receive, send)
         problem = Problem(401, "token", "send the header Authorization: Bearer TOKEN")
-    except Exception as e:
-        log_event("failed", logging.ERROR, exc_info=sys.exc_info(), request_id=state["id"])
-        if state["status"] is not None: return
+    except (Exception, asyncio.CancelledError) as e:
         problem = _failure(e)
+        if problem.status == 500: log_event("failed", logging.ERROR, exc_info=sys.exc_info(), request_id=state["id"])
+        if state["status"] is not None: return
     await refusal(self.service, scope, problem)(scope, receive, send)
 
-# %% ../../nbs/12_serve/08_guard.ipynb #cc335598
+# %% ../../nbs/12_serve/08_guard.ipynb #98bf48c7
 @patch
 async def __call__(self:GuardMiddleware, scope, receive, send):
     "Answer one request."
@@ -118,5 +121,8 @@ async def __call__(self:GuardMiddleware, scope, receive, send):
     state, started = scope.setdefault("state", {}), time.perf_counter()
     state |= {"id": request_id(dict(scope["headers"])), "status": None, "code": None}
     state |= {"accepted": False, "images": 0, "held": 0}
+    self.service.active += 1
     try: await self._respond(scope, receive, _watched(send, state))
-    finally: self._finish(scope, time.perf_counter() - started)
+    finally:
+        self.service.active -= 1
+        self._finish(scope, time.perf_counter() - started)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_TYPES', 'Sent', 'PictureIn', 'PicturesIn', 'read_request', 'receive']
 
-# %% ../../nbs/12_serve/02_intake.ipynb #ff4a10b5
+# %% ../../nbs/12_serve/02_intake.ipynb #b1e2160b
 import base64
 import re
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from python_multipart import FormParser
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from ..ground.core import visible
 from .limits import ServeSettings
 from .pictures import Problem
 
@@ -43,7 +44,7 @@ class PicturesIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     images: list[PictureIn] = Field(min_length=1)
 
-# %% ../../nbs/12_serve/02_intake.ipynb #87171046
+# %% ../../nbs/12_serve/02_intake.ipynb #d7359fc8
 _SHAPE = 'the shape is {"images": [{"data": "<base64>", "name": "a.jpg", "quantity": 3}]}'
 
 
@@ -52,7 +53,7 @@ def _wrong_shape(error):
     found = error.errors(include_url=False, include_input=False, include_context=False)
     unknown = [f for f in found if f["type"] == "extra_forbidden"]
     wrong = "not a known key (nothing is opened that a caller names)" if unknown else found[0]["msg"]
-    where = ".".join(str(x)[:40] for x in (unknown or found)[0]["loc"]) or "the body"
+    where = visible(".".join(str(x)[:40] for x in (unknown or found)[0]["loc"])) or "the body"
     return Problem(422, "wrong-shape", f"{where}: {wrong}; {_SHAPE}")
 
 # %% ../../nbs/12_serve/02_intake.ipynb #e0f02859

@@ -30,12 +30,13 @@ def read_origins(
     except orjson.JSONDecodeError:
         raise UsageError(f"cors {given!r}: not a JSON list", 'pass origins like ["https://audit.example"]') from None
 
-# %% ../../nbs/12_serve/00_limits.ipynb #785dae8f
+# %% ../../nbs/12_serve/00_limits.ipynb #b19a822e
 def read_token(
     path:str|os.PathLike, # a file that holds the token and nothing else
 )->str:
     "The token in a file. Raises `UsageError` if the file cannot be read."
-    try: return Path(path).read_text(encoding="utf-8").strip()
+    try:
+        with open(path, "rb") as file: return file.read(10_000).decode().strip()
     except (OSError, UnicodeDecodeError) as e:
         problem = getattr(e, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"{path}: {problem}", "pass the file that holds the token") from e
@@ -46,7 +47,7 @@ AtLeastOne = Annotated[int, Field(ge=1)] # a number of things
 Seconds = Annotated[float, Field(ge=0, lt=3600)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(read_origins)]
 
-# %% ../../nbs/12_serve/00_limits.ipynb #3e0f047d
+# %% ../../nbs/12_serve/00_limits.ipynb #7526b198
 class ServeSettings(BaseSettings):
     "What an operator may choose; the environment gives what is not passed. Raises `UsageError` for impossible values."
     model_config = SettingsConfigDict(env_prefix="BINVISION_", extra="forbid", frozen=True)
@@ -60,7 +61,7 @@ class ServeSettings(BaseSettings):
     max_images:AtLeastOne = Field(32, description="Pictures per request.")
     max_bytes:AtLeastOne = Field(20*MB, description="Bytes per picture.")
     max_request:AtLeastOne = Field(64*MB, description="Bytes per request.")
-    max_pixels:AtLeastOne = Field(MAX_PIXELS, description="Pixels per picture.")
+    max_pixels:AtLeastOne = Field(16_000_000, description="Pixels per picture.")
     memory:AtLeastOne = Field(256*MB, description="Bytes of all requests being received or answered; more are refused.")
     timeout:float = Field(30., ge=.01, lt=3600, description="Seconds that a request may take to arrive.")
     grace:Seconds = Field(30., description="Seconds to finish what was accepted, when asked to stop.")

@@ -20,13 +20,15 @@ const percent = p => p > 0 && p < .005 ? "<1 %" : `${Math.round(100 * p)} %`;
 const things = n => `${n} item${n === 1 ? "" : "s"}`;
 const say = text => { $("status").textContent = text; };
 const headers = () => token ? { Authorization: `Bearer ${token}` } : {};
+const seen = text => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu,  // control characters and marks
+  c => c.split("").map(unit => "\\u" + unit.charCodeAt(0).toString(16).padStart(4, "0")).join(""));
 const wait = seconds => new Promise(done => setTimeout(done, 1000 * seconds));
 
 // Photos come in and are asked about, four at a time
 
 function add(files) {
   const fresh = [...files].map(file => ({
-    file, name: file.name || "photo.jpg", url: URL.createObjectURL(file),
+    file, name: seen(file.name || "photo.jpg"), url: URL.createObjectURL(file),
     quantity: "", state: "waiting", answer: null, error: "",
   }));
   if (!fresh.length) return;
@@ -215,7 +217,7 @@ function sort() {
 
 // The table as a CSV file; text that a spreadsheet would take for a formula gets an apostrophe in front
 function quote(value) {
-  const text = String(value ?? ""), formula = /^[=+\-@\t\r]/.test(text) && !/^-?[\d.]+$/.test(text);
+  const text = String(value ?? ""), formula = /^\s*[=+\-@＝＋－＠]/.test(text) && !/^-?[\d.]+$/.test(text);
   if (formula) return quote("'" + text);
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_all', 'Service']
 
-# %% ../../nbs/12_serve/07_service.ipynb #a35661ae
+# %% ../../nbs/12_serve/07_service.ipynb #8c2cb076
 import asyncio
 import contextlib
 import hashlib
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fastapi import FastAPI, Request
 from fastcore.basics import patch
 
+from ..ground.core import visible
 from ..model.backends import Model
 from ..model.predict import Prediction
 from ..model.scores import softmax
@@ -25,12 +26,12 @@ from .limits import ServeSettings
 from .metrics import Metrics, log_event
 from .pictures import Problem, read_picture
 
-# %% ../../nbs/12_serve/07_service.ipynb #5f701179
+# %% ../../nbs/12_serve/07_service.ipynb #76513ff4
 def _unusable(sent, failed):
     "One problem for a request in which some pictures failed: pairs of their index and their `Problem`."
     named = [{"image": i, "name": sent[i].name, "code": e.code, "detail": e.detail} for i, e in failed]
     at, first = failed[0]
-    which = f"{sent[at].name or f'picture {at}'}: " if len(sent) > 1 or sent[at].name else ""
+    which = f"{visible(sent[at].name or f'picture {at}')}: " if len(sent) > 1 or sent[at].name else ""
     more = f" ({len(failed)} of {len(sent)} pictures cannot be used)" if len(failed) > 1 else ""
     return Problem(first.status, first.code, f"{which}{first.detail}{more}", image=at, images=named)
 
@@ -47,7 +48,7 @@ async def read_all(
     if failed: raise _unusable(sent, failed)
     return arrays
 
-# %% ../../nbs/12_serve/07_service.ipynb #db16599d
+# %% ../../nbs/12_serve/07_service.ipynb #d301b79d
 class Service:
     "A model, its limits, and what requests share."
 
@@ -60,7 +61,7 @@ class Service:
         card = (model.folder/"card.json").read_bytes()
         self.id = f"{model.card['arch']}-{hashlib.sha256(card).hexdigest()[:12]}"
         self.pool = ThreadPoolExecutor(settings.decoders, "decoder")
-        self.held, self.accepted, self.answered = 0, 0, 0  # bytes; requests; requests
+        self.held, self.active, self.accepted, self.answered = 0, 0, 0, 0  # bytes; requests
         self.worker = None  # the task of the batches
         self.metrics = Metrics(self.id, model.backend)
         lanes = 1 if model.backend == "cuda" else model.threads
@@ -104,7 +105,7 @@ def answer(
     prediction = Prediction(one.name or "", counts[int(p.argmax())], dict(zip(counts, p.tolist())))
     return answer(prediction, one.quantity)
 
-# %% ../../nbs/12_serve/07_service.ipynb #bc0fee12
+# %% ../../nbs/12_serve/07_service.ipynb #ba14430d
 @patch(as_prop=True)
 def ready(self:Service)->bool:
     "Whether requests can be answered."
@@ -117,12 +118,13 @@ async def lifespan(
     self:Service,
     app:FastAPI|None=None, # the application that runs it; not used
 ):
-    "Compute batches during the block; on the way out, end the threads."
+    "Compute batches during the block; on the way out, wait for the requests and end the threads."
     self.worker = asyncio.create_task(self.batcher.work())
     yield
+    while self.active: await asyncio.sleep(.01)
     self.worker.cancel()
     self.batcher.close()
-    self.pool.shutdown()
+    self.pool.shutdown(cancel_futures=True)
     log_event("stopped", accepted=self.accepted, answered=self.answered)
 
 # %% ../../nbs/12_serve/07_service.ipynb #e4c28a0e
