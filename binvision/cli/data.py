@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/02_data.ipynb #e442af5f
+# %% ../../nbs/13_cli/02_data.ipynb #a2dd4404
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from pydantic import Field
 
-from .app import fail, name_failures
+from .app import fail, name_failures, say
 from .options import command, read_counts
 
-# %% ../../nbs/13_cli/02_data.ipynb #16479453
+# %% ../../nbs/13_cli/02_data.ipynb #8ebd9cd0
 @command
 def _synthesize(
     out:Path, # folder to write
@@ -30,9 +29,9 @@ def _synthesize(
 
     try: synthesize(out, n=n, seed=seed, counts=read_counts(counts), max_side=max_side, workers=workers)
     except KeyboardInterrupt: raise KeyboardInterrupt(f"the bins so far are in {out}; to go on, run the same command again") from None
-    typer.echo(f"{out}: {n:,} synthetic bins, seed {seed}")
+    say(f"{out}: {n:,} synthetic bins, seed {seed}")
 
-# %% ../../nbs/13_cli/02_data.ipynb #43f4de03
+# %% ../../nbs/13_cli/02_data.ipynb #8617ac29
 @command
 def _catalogue(
     data:Path, # data set folder
@@ -43,10 +42,10 @@ def _catalogue(
     from binvision.data.catalogue import catalogue
 
     found = catalogue(data, out=out, images=images)
-    typer.echo(f"{found} in {out}")
+    say(f"{found} in {out}")
     name_failures((p.file or p.id, p.reason) for p in found.problems.itertuples())
 
-# %% ../../nbs/13_cli/02_data.ipynb #2542969e
+# %% ../../nbs/13_cli/02_data.ipynb #30a88e96
 @command
 def _explore(
     data:Path, # data set folder
@@ -57,27 +56,27 @@ def _explore(
     "Look at a data set: tables and pictures on one page. The HTML file is self-contained."
     from binvision.data.explore import explore
 
-    typer.echo(f"open {explore(data, out, catalogue, seed)}")
+    say(f"open {explore(data, out, catalogue, seed)}")
 
-# %% ../../nbs/13_cli/02_data.ipynb #8f6ee607
+# %% ../../nbs/13_cli/02_data.ipynb #6ae0f6ea
 def _tables(data, folder):
     "The catalogue in `folder`, or of `data`; what could not be read there is counted on stderr."
     from binvision.data.catalogue import catalogue, read_catalogue
 
     if folder: return read_catalogue(folder)
     cat = catalogue(data)
-    if len(cat.problems): typer.echo(f"{len(cat.problems):,} problems in {data}; binvision catalogue {data} names them", err=True)
+    if len(cat.problems): say(f"{len(cat.problems):,} problems in {data}; binvision catalogue {data} names them", err=True)
     return cat
 
 
 def _show_split(out, manifest, leaks, sha):
     "Print a manifest's hash, its sizes and its leaks."
     sizes = manifest.groupby(["part", "count"]).size().unstack(fill_value=0).reindex(["train", "valid", "test"]).dropna()
-    typer.echo(f"{out}: {len(manifest):,} bins in {manifest['group'].nunique():,} groups\nsha256 {sha}\n")
-    typer.echo(sizes.astype(int).assign(all=lambda t: t.sum(axis=1)).to_string())
-    typer.echo(f"\nBins with a relative in another part, here and in a random split:\n{leaks.T.to_string()}")
+    say(f"{out}: {len(manifest):,} bins in {manifest['group'].nunique():,} groups\nsha256 {sha}\n")
+    say(sizes.astype(int).assign(all=lambda t: t.sum(axis=1)).to_string())
+    say(f"\nBins with a relative in another part, here and in a random split:\n{leaks.T.to_string()}")
 
-# %% ../../nbs/13_cli/02_data.ipynb #7a8a2bcc
+# %% ../../nbs/13_cli/02_data.ipynb #595e7b34
 @command
 def _split(
     data:Path, # data set folder
@@ -86,7 +85,7 @@ def _split(
     test:float=0.15, # share of the bins for the test, 0 to 1
     seed:int=0, # seed of all randomness: the same seed gives the same split
     eval_where:str|None=None, # COLUMN=VALUE of labels.csv: only such bins go to valid and test
-    ids:Path|None=None, # use only these bins: a .txt file with an id a line, a manifest, or a file_list.json
+    ids:Path|None=None, # use only these bins: a .txt file with an id a line, a table with a column id, such as a manifest, or a file_list.json
     by:str|None=None, # column of labels.csv whose values are spread evenly too, such as source
     given:Path|None=None, # take the parts as somebody made them: a manifest, a file_list.json, or a folder with train/1/ …
     extend:Path|None=None, # add bins to the train part of this manifest; relatives of its valid and test bins stay out
@@ -102,14 +101,13 @@ def _split(
         from binvision.ground.core import UsageError
         raise UsageError("--extend keeps the parts of its manifest: --given, --eval-where and --by do not go with it", "leave them out")
     cat = _tables(data, catalogue)
-    if ids and ids.suffix == ".txt": ids = ids.read_text(encoding="utf-8").split()
     if given: manifest = given_split(given)
     elif extend: manifest = add_bins(extend, cat, read_counts(counts), ids)
     else: manifest = split(cat, read_counts(counts), valid, test, seed, eval_where, ids, by)
     leaks = leak_report(manifest, cat)
     _show_split(out, manifest, leaks, write_manifest(manifest, out))
 
-# %% ../../nbs/13_cli/02_data.ipynb #f4c4957a
+# %% ../../nbs/13_cli/02_data.ipynb #9e7b3d99
 @command
 def _folds(
     manifest:Path, # manifest that binvision split wrote
@@ -125,4 +123,4 @@ def _folds(
     write_folds(made, out)
     for i, fold in enumerate(made):
         sizes = fold["part"].value_counts()
-        typer.echo(f"{out/f'{i}.csv'}: {sizes['train']:,} bins to train, {sizes['valid']:,} to validate, {sizes['test']:,} left out")
+        say(f"{out/f'{i}.csv'}: {sizes['train']:,} bins to train, {sizes['valid']:,} to validate, {sizes['test']:,} left out")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'Choice']
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #0234db06
+# %% ../../nbs/13_cli/03_fetch.ipynb #6b8b418e
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
-from .app import name_failures
+from .app import name_failures, say
 from .options import command, read_counts
 from ..ground.core import UsageError
 from ..ground.settings import takes
@@ -36,7 +36,7 @@ class Place:
 
         return Bucket(self.bucket, self.endpoint, self.region, self.profile, self.timeout, self.attempts)
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #b7c2d14e
+# %% ../../nbs/13_cli/03_fetch.ipynb #bab11aef
 @command
 @takes(Place)
 def _index(
@@ -50,7 +50,7 @@ def _index(
     try: table = index(out, place.open(), place.concurrency)
     except KeyboardInterrupt: raise KeyboardInterrupt("the counts so far are kept; to go on, run the same command again") from None
     failed = table[table["count"].isna()]
-    typer.echo(f"{out}: {len(table) - len(failed):,} bins, {len(failed):,} documents that could not be read")
+    say(f"{out}: {len(table) - len(failed):,} bins, {len(failed):,} documents that could not be read")
     name_failures(zip(failed["id"], failed["problem"]))
 
 # %% ../../nbs/13_cli/03_fetch.ipynb #e93869d1
@@ -108,20 +108,20 @@ def _chosen(c):
     if wanted: chosen = chosen[chosen["count"].isin(wanted)]
     return chosen, {"chosen": chosen} if known and len(chosen) else {}
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #d69201ed
+# %% ../../nbs/13_cli/03_fetch.ipynb #12c5ec38
 def _report_choice(tables, out):
     "Print how many bins of each count there are, warn of a confound, and write the page."
     from binvision.fetch.choose import CONFOUNDED, confounding, report_ids
 
     for title, table in tables.items():
         n, v = table["count"].value_counts().sort_index(), confounding(table)
-        typer.echo(f"{title}: {', '.join(f'{k} of count {c}' for c, k in n.items())}; V = {v:.2f}")
+        say(f"{title}: {', '.join(f'{k} of count {c}' for c, k in n.items())}; V = {v:.2f}")
         if v < CONFOUNDED: continue
-        typer.echo(f"warning: {title}, the id of a bin tells something of its count (V = {v:.2f}): a model can learn the source. "
+        say(f"warning: {title}, the id of a bin tells something of its count (V = {v:.2f}): a model can learn the source. "
                    "Evaluate on bins chosen with --per-count, all classes alike", err=True)
-    if out: typer.echo(f"open {report_ids(tables, out)}")
+    if out: say(f"open {report_ids(tables, out)}")
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #ed92d8f7
+# %% ../../nbs/13_cli/03_fetch.ipynb #0063410a
 @command
 @takes(Choice)
 def _fetch(
@@ -141,9 +141,9 @@ def _fetch(
     kinds, bucket = {"images": not metadata_only, "metadata": not images_only}, choice.open()
     if dry_run:
         if tables: _report_choice(tables, None)
-        return typer.echo(estimate(data, chosen, bucket, **kinds))
+        return say(estimate(data, chosen, bucket, **kinds))
     result = fetch(data, chosen, bucket, **kinds, max_side=max_side, concurrency=choice.concurrency)
     if tables: _report_choice(tables, data/"ids.html" if choice.balance or choice.per_count else None)
-    typer.echo(f"{data}: {result}")
-    if len(result.failures): typer.echo(f"see {data/'failures.csv'}", err=True)
+    say(f"{data}: {result}")
+    if len(result.failures): say(f"see {data/'failures.csv'}", err=True)
     name_failures((f.key, f.reason) for f in result.failures.itertuples())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/05_model.ipynb #2d8d862b
+# %% ../../nbs/13_cli/05_model.ipynb #dcb961d9
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 import typer
 from pydantic import Field
 
-from .app import name_failures
+from .app import name_failures, say
 from .options import command
-from ..ground.core import UsageError
+from ..ground.core import UsageError, visible
 
-# %% ../../nbs/13_cli/05_model.ipynb #d30b5c54
+# %% ../../nbs/13_cli/05_model.ipynb #65165054
 @command
 def _evaluate(
     model:Path, # model folder, such as runs/first/model
@@ -36,10 +36,10 @@ def _evaluate(
     from binvision.evaluate.report import evaluate
 
     result = evaluate(model, data, manifest, part, out, batch_size, n_boot, seed, cams, tta)
-    for warning in result["warnings"]: typer.echo(f"note: {warning}", err=True)
+    for warning in result["warnings"]: say(f"note: {warning}", err=True)
     table = metrics_table(result["metrics"], result["constants"]).rename(columns=lambda c: c.removeprefix("always the "))
-    typer.echo(f"{result['metrics']['n']:,} bins of the {part} part; low and high end a 95 % interval; on the right what a constant answer scores\n")
-    typer.echo(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
+    say(f"{result['metrics']['n']:,} bins of the {part} part; low and high end a 95 % interval; on the right what a constant answer scores\n")
+    say(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
     name_failures((f["file"], f["reason"]) for f in result["failed"])
 
 # %% ../../nbs/13_cli/05_model.ipynb #968359fa
@@ -55,15 +55,15 @@ def _ensemble(
 
     ensemble(data, manifest, models, out)
 
-# %% ../../nbs/13_cli/05_model.ipynb #b4a2f326
+# %% ../../nbs/13_cli/05_model.ipynb #8d83a457
 def _show_cost(made, model):
     "Print the accuracy of an 8-bit network compared with the original."
-    typer.echo(f"{made['n']:,} bins of the valid part  accuracy    MAE")
-    for name in ("fp32", "int8"): typer.echo(f"{name:24}  {made[name]['accuracy']:8.4f} {made[name]['mae']:6.3f}")
-    typer.echo(f"same count for {made['same_count']:.1%}; calibration: {made['method']} on {made['calibrated_on']:,} pictures of the train part")
-    if made["kept_in_fp32"]: typer.echo(f"kept in fp32: {', '.join(made['kept_in_fp32'])}")
-    if made["n"] < 600: typer.echo(f"note: {made['n']:,} bins say little about half a point of accuracy; take 600 or more", err=True)
-    typer.echo(f"written: {model/'model.int8.onnx'}")
+    say(f"{made['n']:,} bins of the valid part  accuracy    MAE")
+    for name in ("fp32", "int8"): say(f"{name:24}  {made[name]['accuracy']:8.4f} {made[name]['mae']:6.3f}")
+    say(f"same count for {made['same_count']:.1%}; calibration: {made['method']} on {made['calibrated_on']:,} pictures of the train part")
+    if made["kept_in_fp32"]: say(f"kept in fp32: {', '.join(made['kept_in_fp32'])}")
+    if made["n"] < 600: say(f"note: {made['n']:,} bins say little about half a point of accuracy; take 600 or more", err=True)
+    say(f"written: {model/'model.int8.onnx'}")
 
 
 @command
@@ -90,20 +90,20 @@ def _pictures(source, root):
     if source.is_dir(): return list_pictures(source)
     return [path for _, path in list_sources(source, root)] if source.suffix.lower() in LISTS else [source]
 
-# %% ../../nbs/13_cli/05_model.ipynb #36ad2261
+# %% ../../nbs/13_cli/05_model.ipynb #2bb6f402
 def _print_answers(model, paths, batch_size, as_json):
     "Print a line a picture; the pictures without a count, with their reasons."
     from binvision.model.predict import predict_stream
 
     failed = []
-    if not as_json: typer.echo("count  sure   mean  picture")
+    if not as_json: say("count  sure   mean  picture")
     for p in predict_stream(model, paths, batch_size):
         if p.error: failed.append((p.source, p.error.removeprefix(f"{p.source}: ")))
-        if as_json: typer.echo(json.dumps(p.to_dict(), ensure_ascii=False))
-        elif not p.error: typer.echo(f"{p.count:5}  {p.confidence:4.0%}  {p.mean:5.2f}  {p.source}")
+        if as_json: say(json.dumps(p.to_dict(), ensure_ascii=False))
+        elif not p.error: say(f"{p.count:5}  {p.confidence:4.0%}  {p.mean:5.2f}  {visible(p.source)}")
     return failed
 
-# %% ../../nbs/13_cli/05_model.ipynb #f56f81c9
+# %% ../../nbs/13_cli/05_model.ipynb #50c9af68
 def _predict_to(model, source, out, *settings):
     "Results into a file; the first hundred failures are named on stderr."
     from binvision.model.bulk import predict_to
@@ -111,7 +111,7 @@ def _predict_to(model, source, out, *settings):
     if len(source) > 1: raise UsageError(f"--out with {len(source)} arguments: takes one", "pass a folder, or a list of pictures")
     done = predict_to(model, source[0], out, *settings)
     before = f", {done.resumed:,} of them by an earlier run" if done.resumed else ""
-    typer.echo(f"{out}: {done.n:,} pictures{before}, {done.failed:,} without a count")
+    say(f"{out}: {done.n:,} pictures{before}, {done.failed:,} without a count")
     failures = list(done.first_failures)
     if more := done.failed - len(failures): failures.append(("and", f"{more:,} more; see the column error in {out}"))
     name_failures(failures, 2 if done.failed == done.n else 1, named=101)
