@@ -6,7 +6,7 @@
 __all__ = ['HEAD_SEARCHABLE', 'BACKBONE', 'SearchSettings', 'HeadSettings', 'fixed_names', 'unknown_name', 'split_settings',
            'fixed_settings']
 
-# %% ../../nbs/08_search/00_settings.ipynb #41903db3
+# %% ../../nbs/08_search/00_settings.ipynb #23ca30d9
 import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from ..ground.core import UsageError
-from ..ground.settings import checked
-from ..train.settings import SEARCHABLE, AtLeastOne, Positive, TrainSettings
+from ..ground.settings import AtLeastOne, Seed, Share, Workers, checked
+from ..train.settings import SEARCHABLE, Decay, Rate, TrainSettings
 
-# %% ../../nbs/08_search/00_settings.ipynb #5feb5e7a
+# %% ../../nbs/08_search/00_settings.ipynb #ceca46f2
 @dataclass
 class SearchSettings:
     "How a search is run; what it tries is its space."
@@ -29,20 +29,20 @@ class SearchSettings:
     pruner:Literal["median", "hyperband", "none"]="median" # which trials to give up early
     storage:str|None=None # URL of a database that several machines share; None for SQLite in the run folder
     study:str|None=None # name of the study in the database; None for the name of the run folder
-    workers:AtLeastOne=1 # processes, each with one trial at a time
-    loaders:Annotated[int, Field(ge=0)]|None=None # processes that decode pictures, a trial; None shares out the cores
-    seed:Annotated[int, Field(ge=0, lt=2**63)]=0 # of what is drawn, and of every training
-    heartbeat:AtLeastOne=20 # seconds between signs of life; after three without one, a trial goes to another process
+    workers:Annotated[Workers, Field(ge=1)]=1 # processes, each with one trial at a time
+    loaders:Workers|None=None # processes that decode pictures, a trial; None shares out the cores
+    seed:Seed=0 # of what is drawn, and of every training
+    heartbeat:Annotated[int, Field(ge=1, le=3600)]=20 # seconds between signs of life; after three without one, a trial goes to another process
 
-# %% ../../nbs/08_search/00_settings.ipynb #f2c8c033
+# %% ../../nbs/08_search/00_settings.ipynb #5ad81646
 @dataclass
 class HeadSettings:
     "How a head on cached features is trained."
     __pydantic_config__ = ConfigDict(extra="forbid")
-    lr:Positive=3e-3 # learning rate
+    lr:Rate=3e-3 # learning rate
     batch_size:AtLeastOne=64 # pictures a step
-    weight_decay:Annotated[float, Field(ge=0, allow_inf_nan=False)]=.01 # of the optimizer
-    dropout:Annotated[float, Field(ge=0, le=1)]=.5 # before the last layer; half of it before the hidden one
+    weight_decay:Decay=.01 # of the optimizer
+    dropout:Share=.5 # before the last layer; half of it before the hidden one
     mirror:bool=True # train on mirrored pictures too
     epochs:AtLeastOne=10 # epochs of a head
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'read_weights', 'load_backbone', 'installed_weights', 'rename_tensors', 'explain_download']
 
-# %% ../../nbs/06_train/03_weights.ipynb #366fa0e0
+# %% ../../nbs/06_train/03_weights.ipynb #8eb3165c
 import importlib.util
 import os
 import pickle
@@ -14,23 +14,29 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..ground.core import ModelError
+from ..ground.core import ModelError, regular_file
 
-# %% ../../nbs/06_train/03_weights.ipynb #64a9c7b7
+# %% ../../nbs/06_train/03_weights.ipynb #2b7f0c52
+def _reason(error):
+    "Why torch could not read a weights file, on one line."
+    if isinstance(error, pickle.UnpicklingError): return "it holds something other than tensors"
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
 def _load_tensors(path):
     "What a weights file holds, read without running code from it."
+    if not Path(path).exists(): raise ModelError(f"{path}: no such file", "check the path of the weights")
+    regular_file(path)
     try:
         if Path(path).suffix == ".safetensors": return load_file(path)
         with warnings.catch_warnings():  # of newer pickle protocols, which it reads all the same
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e: raise ModelError(f"{path}: no such file", "check the path of the weights") from e
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise ModelError(f"{path}: not a weights file ({str(e).splitlines()[0][:120]})",
+    except Exception as e:  # what torch raises for a damaged file depends on where the damage is
+        raise ModelError(f"{path}: not a weights file ({_reason(e)})",
                          "pass a .safetensors file, or a .pth file that holds a plain state dict") from e
 
 # %% ../../nbs/06_train/03_weights.ipynb #0cb0b920
@@ -44,7 +50,7 @@ def read_weights(
     if isinstance(state, dict): return state
     raise ModelError(f"{path}: holds no state dict", "save model.state_dict(), not the model")
 
-# %% ../../nbs/06_train/03_weights.ipynb #90b9a583
+# %% ../../nbs/06_train/03_weights.ipynb #00cd92d4
 HEADS = ("fc.", "classifier.", "head.", "heads.", "aux") # beginnings of the names of tensors that belong to an old head
 
 
@@ -56,7 +62,7 @@ def load_backbone(
 ):
     "Copy pretrained tensors into `model`. Raises `ModelError` if one of the body is missing or has another shape."
     own = model.state_dict()
-    usable = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    usable = {k: v for k, v in state.items() if k in own and own[k].shape == getattr(v, "shape", None)}
     lacking = [k for k in own if k not in usable and not k.startswith(HEADS) and not k.endswith("num_batches_tracked")]
     if lacking:
         raise ModelError(f"{source}: does not fit {arch}: {len(lacking)} of {len(own)} tensors are missing or of another "
