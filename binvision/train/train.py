@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/06_train/11_train.ipynb #e511b264
+# %% ../../nbs/06_train/11_train.ipynb #6ca23788
 import json
 import os
 import shutil
@@ -20,14 +20,16 @@ from fastcore.basics import patch
 
 from ..ground.core import UsageError, atomic_write, set_seed, sha256
 from ..ground.machine import versions
+from ..ground.outputs import output_folder
 from ..ground.settings import checked, takes
 from ..model.folder import read_card
 from ..split.corrections import correct
 from ..split.manifest import read_manifest
 from .learner import bin_learner, fine_tune, plot_history, suggest_lr
 from .loaders import bin_dataloaders
-from .networks import normalisation
-from .processes import as_single_process, environment, from_first, join_processes, say
+from .networks import build_model, normalisation
+from .processes import (as_single_process, describe_device, environment, from_first, join_processes, say,
+                                       usable_device)
 from .publish import calibrate, write_model
 from .recipes import recipe_callbacks
 from .settings import TrainSettings, plain
@@ -55,9 +57,11 @@ def write_json(self:_Run, name, content):
     if rank_distrib(): return
     with atomic_write(self.out/name, "w") as file: json.dump(content, file, indent=2)
 
-# %% ../../nbs/06_train/11_train.ipynb #ed595812
+# %% ../../nbs/06_train/11_train.ipynb #3d3391ce
 def _prepared(data, manifest, out, settings):
     "A run with everything that is known before it begins."
+    output_folder(out, data)
+    if isinstance(settings.cache, (str, Path)): output_folder(settings.cache, data)
     mean, std = normalisation(settings.arch, settings.weights, settings.mean, settings.std)
     rows = read_manifest(manifest)
     notes = {"manifest_sha256": rows.attrs["sha256"]}
@@ -142,15 +146,7 @@ def learner(self:_Run, resumed):
     learn.weights = s.weights
     return learn
 
-# %% ../../nbs/06_train/11_train.ipynb #fd9909a8
-def _hardware(device):
-    "What does the work, and with which precision."
-    if torch.device(device).type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        return f"{torch.cuda.get_device_name(device)}, {precision} mixed precision"
-    return f"{torch.device(device).type}, {torch.get_num_threads()} threads, fp32"
-
-
+# %% ../../nbs/06_train/11_train.ipynb #c4ae08f3
 @patch
 def announce(self:_Run, dls):
     processes = f" in {num_distrib()} processes" if num_distrib() > 1 else ""
@@ -211,16 +207,18 @@ def fit(self:_Run, learn, resumed, cbs):
         raise UsageError(f"{self.out}: the training loss is not finite", f"pass a learning rate well below {s.lr:.2g}")
     self.finish(learn)
 
-# %% ../../nbs/06_train/11_train.ipynb #4b1e848d
+# %% ../../nbs/06_train/11_train.ipynb #17365e45
 def _train(run, old, cbs):
     "Begin a run, or resume the one that had the configuration `old`."
     s = run.settings
     join_processes(s.device)
+    usable_device(s.device)
+    build_model(s.arch, 2, None if old else s.weights)
     set_seed(s.seed)
     learn, recipe = run.learner(resumed=bool(old)), recipe_callbacks(s.ema)
     distrib_barrier()  # every process has looked at the folder
     if old is None: run.clear()
-    run.notes["hardware"] = _hardware(learn.dls.device)
+    run.notes["hardware"] = describe_device(learn.dls.device)
     run.announce(learn.dls)
     lr = old["lr"] if old else s.lr
     run.settings = replace(s, lr=run.search_lr(learn) if lr is None else lr)
