@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'Predictions', 'in_order', 'check_batch_size', 'predict_stream', 'predict']
 
-# %% ../../nbs/05_model/03_predict.ipynb #c10ef40d
+# %% ../../nbs/05_model/03_predict.ipynb #c5cb4f10
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from ..ground.core import BinvisionError, UsageError
+from ..ground.core import BinvisionError, UsageError, visible
 from ..ground.pictures import is_tensor, list_pictures, preprocess, source_name, thumbnail
 from .backends import Model, load_model
 from .scores import softmax
@@ -61,7 +61,7 @@ def to_dict(self:Prediction)->dict:
     return {"source": self.source, "count": self.count, "confidence": round(self.confidence, 6),
             "mean": round(self.mean, 6), "probabilities": {str(c): round(p, 6) for c, p in self.probabilities.items()}}
 
-# %% ../../nbs/05_model/03_predict.ipynb #f12c67f5
+# %% ../../nbs/05_model/03_predict.ipynb #34dcb7fd
 def _bar(count, p, color):
     "A row of the table: a count and its probability, as a bar and in percent."
     return (f"<tr><td style='text-align:right'>{count}</td><td style='text-align:left'><div style='background:{color};"
@@ -72,8 +72,8 @@ def _bar(count, p, color):
 def _repr_html_(self:Prediction):
     from binvision.ground.show import ACCENT, MAIN
 
-    name, url = escape(Path(self.source).name), thumbnail(self.source)
-    if self.error: return f"<p><b>{name}</b>: {escape(self.error)}</p>"
+    name, url = escape(visible(Path(self.source).name)), thumbnail(self.source)
+    if self.error: return f"<p><b>{name}</b>: {escape(visible(self.error))}</p>"
     bars = "".join(_bar(c, p, ACCENT if c == self.count else MAIN) for c, p in self.probabilities.items())
     picture = f"<img alt='{name}' src='{url}'>" if url else ""
     said = f"{self.count} item{'s' * (self.count != 1)}, {self.confidence:.0%} sure, mean {self.mean:.1f}"
@@ -99,7 +99,7 @@ def to_frame(self:Predictions): # a DataFrame, a row a prediction
     return pd.DataFrame([{"source": p.source, "count": p.count, "confidence": p.confidence, "mean": p.mean,
                           **{f"p{c}": v for c, v in (p.probabilities or {}).items()}, "error": p.error} for p in self])
 
-# %% ../../nbs/05_model/03_predict.ipynb #23dfe3ee
+# %% ../../nbs/05_model/03_predict.ipynb #579585e4
 def _short(p):
     "A prediction without folders in its texts."
     return Prediction(Path(p.source).name, p.count, p.probabilities, p.error and p.error.removeprefix(f"{p.source}: "))
@@ -110,7 +110,7 @@ def _repr_html_(self:Predictions):
     shown = Predictions(map(_short, self[:20])).to_frame()
     if not self.failed: shown = shown.drop(columns="error")
     more = f"<p>… and {len(self) - 20:,} more</p>" if len(self) > 20 else ""
-    return shown.to_html(index=False, float_format="{:.2f}".format, na_rep="") + more
+    return visible(shown.to_html(index=False, float_format="{:.2f}".format, na_rep=""), keep="\n") + more
 
 # %% ../../nbs/05_model/03_predict.ipynb #9d2425b1
 def _prepared(source, card):
