@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #f52c0db6
+# %% ../../nbs/08_search/07_search.ipynb #23a70b7b
 import contextlib
 import io
 import json
@@ -19,12 +19,15 @@ import timm
 import torchvision
 import yaml
 
-from ..ground.core import UsageError, atomic_write, set_seed, sha256
+from ..ground.core import DataError, ModelError, UsageError, atomic_write, read_file, set_seed, sha256
 from ..ground.folders import temporary_folder
 from ..ground.machine import PACKAGES, versions
-from ..ground.settings import takes
+from ..ground.outputs import output_folder
+from ..ground.settings import checked, takes
 from ..split.manifest import manifest_images
 from ..train.learner import suggest_lr
+from ..train.networks import build_model
+from ..train.processes import usable_device
 from ..train.publish import calibrate, write_model
 from ..train.runs import KeepBest
 from ..train.settings import TrainSettings
@@ -52,13 +55,24 @@ def _check_names(job):
     if weights not in (None, "imagenet") and not Path(weights).exists():
         raise UsageError(f"{weights}: no such file", "check the path of the weights")
 
-# %% ../../nbs/08_search/07_search.ipynb #f84b9092
+# %% ../../nbs/08_search/07_search.ipynb #613fd41c
+def _check_network(job):
+    "Raise `UsageError` for a device that cannot be used, and `ModelError` if no architecture can be built."
+    usable_device(job.fixed["device"])
+    for arch in job.choices("arch"):
+        try: return build_model(arch, 2, job.fixed["weights"])
+        except ModelError as e: error = e
+    raise error
+
+# %% ../../nbs/08_search/07_search.ipynb #ceb910ea
 _OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
 
 def _check_places(job):
-    "Raise `UsageError` for a manifest with too few bins, or a run folder that holds anything else."
+    "Raise `UsageError` for a manifest with too few bins, or a run folder that is unsuitable or holds anything else."
+    for place in (job.out, job.fixed.get("cache")):
+        if isinstance(place, (str, Path)): output_folder(place, job.data)
     parts = manifest_images(job.data, job.manifest).part.value_counts()
     for part in ("train", "valid"):
         if (n := parts.get(part, 0)) < 2:
@@ -181,7 +195,7 @@ def _report(study, job):
           f"(an optimistic figure: it is the best of {note['trials']})", flush=True)
     if job.search.frozen: print(f"model: {_head_model(job, note['config'], note)}", flush=True)
 
-# %% ../../nbs/08_search/07_search.ipynb #cf959edd
+# %% ../../nbs/08_search/07_search.ipynb #f3017066
 @takes(SearchSettings)
 def search(
     data:str|os.PathLike, # the data set folder
@@ -193,6 +207,7 @@ def search(
     job = make_job(data, manifest, out, kwargs)
     _check_names(job)
     _check_places(job)
+    _check_network(job)
     with quiet(): _, study = open_study(job)
     _claim(study, job)
     _write_settings(job)
@@ -204,18 +219,20 @@ def search(
     _report(study, job)
     return Path(out)
 
-# %% ../../nbs/08_search/07_search.ipynb #7ae04efe
+# %% ../../nbs/08_search/07_search.ipynb #5cc36416
 def read_best(
     folder:str|os.PathLike, # the run folder of a search
 )->dict: # settings of train
     "The best configuration of a search. Raises `UsageError` for a folder without one."
-    try: note = json.loads((Path(folder)/"best.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    try:
+        note = json.loads(read_file(Path(folder)/"best.json", 10**6))
+        config = dict(note["config"])
+        if note["frozen"]: config["frozen_epochs"] = config.pop("epochs")
+    except (DataError, ValueError, TypeError, KeyError) as e:
         raise UsageError(f"{folder}: holds no best.json", "pass the run folder of a finished binvision search") from e
-    config = note["config"]
-    if note["frozen"]: config["frozen_epochs"] = config.pop("epochs")
-    known = {f.name for f in fields(TrainSettings)} - {"device"}
-    return {name: value for name, value in config.items() if name in known}
+    found = {f.name: config[f.name] for f in fields(TrainSettings) if f.name in config and f.name != "device"}
+    checked(TrainSettings, found, f"{folder}/best.json: ")
+    return found
 
 # %% ../../nbs/08_search/07_search.ipynb #fb96910f
 def _head_model(job, config, note):
