@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'FROZEN_SPACE', 'Number', 'searchable', 'Range', 'Around', 'read_space', 'suggest', 'typical']
 
-# %% ../../nbs/08_search/01_space.ipynb #acc51c23
+# %% ../../nbs/08_search/01_space.ipynb #79cb45b1
 import math
 import os
 from pathlib import Path
@@ -17,7 +17,8 @@ from fastcore.docments import docments
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic import model_validator
 
-from ..ground.core import UsageError
+from ..ground.core import DataError, UsageError, read_file
+from ..ground.settings import Positive
 from ..train.settings import SEARCHABLE, TrainSettings
 from .settings import HEAD_SEARCHABLE, HeadSettings, unknown_name
 
@@ -56,7 +57,7 @@ def searchable(
     hints = get_type_hints(source, include_extras=True)
     return {name: _without_none(hints[name]) for name in names}
 
-# %% ../../nbs/08_search/01_space.ipynb #cb5eb7be
+# %% ../../nbs/08_search/01_space.ipynb #66fe6ec3
 Number = TypeVar("Number")
 
 
@@ -66,7 +67,7 @@ class Range(BaseModel, Generic[Number]):
     low:Number
     high:Number
     log:StrictBool=False
-    step:Annotated[float, Field(gt=0)]|None=None
+    step:Positive|None=None
 
     @model_validator(mode="after")
     def _fits(self):
@@ -78,12 +79,12 @@ class Range(BaseModel, Generic[Number]):
             self.step = int(self.step)
         return self
 
-# %% ../../nbs/08_search/01_space.ipynb #ac517316
+# %% ../../nbs/08_search/01_space.ipynb #a91ff995
 class Around(BaseModel):
     "A range around the learning rate that `lr_find` suggests."
     model_config = ConfigDict(extra="forbid")
     around:Literal["lr_find"]
-    factor:Annotated[float, Field(gt=1, allow_inf_nan=False)]=10.
+    factor:Annotated[float, Field(gt=1, le=1000)]=10.
 
 # %% ../../nbs/08_search/01_space.ipynb #44c0dc50
 def _is_number(kind):
@@ -138,18 +139,16 @@ def _read_entry(name, entry, kind, where, comment):
     values = list(dict.fromkeys(found))
     return {"choices": values} if len(values) > 1 else values[0]
 
-# %% ../../nbs/08_search/01_space.ipynb #821183e3
+# %% ../../nbs/08_search/01_space.ipynb #3e94ae15
 _EXAMPLE = "write one line for each name, such as batch_size: [16, 32]"
 
 
 def _read_yaml(path):
     "What a YAML file holds."
-    try: return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UsageError(f"{path}: no such file", "binvision search --show-space prints one to edit") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: cannot be read ({e})", "pass a YAML file") from e
-    except yaml.YAMLError as e:
+    if not Path(path).exists(): raise UsageError(f"{path}: no such file", "binvision search --show-space prints one to edit")
+    try: return yaml.safe_load(read_file(path, 10**6).decode())
+    except DataError as e: raise UsageError(e.problem, "pass a YAML file") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(e, "problem", None) or e
