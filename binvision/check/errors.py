@@ -147,7 +147,7 @@ def _errors(self:_Records, asked, free):
         free = free.difference([*found["id"], *tables[-1]["other"].dropna()]) if kind == "swapped" else free.difference(found["id"])
     return pd.concat(tables).sort_values("id", ignore_index=True)
 
-# %% ../../nbs/09_check/00_errors.ipynb #3a1784da
+# %% ../../nbs/09_check/00_errors.ipynb #069bc8ba
 @patch
 def _falsified(self:_Records, errors):
     "The items after the errors."
@@ -155,8 +155,8 @@ def _falsified(self:_Records, errors):
     rows, extra = errors[stay], errors[errors["kind"] == "extra item"]
     items.loc[rows["row"].astype(int), "quantity"] = rows["quantity"].astype(int).to_numpy()
     items = items.drop(rows["row"][rows["quantity"] == 0].astype(int))
-    swap = errors[errors["kind"] == "swapped"].set_index("id")["other"]
-    items["id"] = items["id"].map(swap).fillna(items["id"])
+    swap = errors[errors["kind"] == "swapped"].set_index("id")["other"].to_dict()
+    items["id"] = [swap.get(id, id) for id in items["id"]]
     added = self.items.loc[extra["row"].astype(int)].assign(id=extra["id"].to_numpy())
     return pd.concat([items, added]).sort_values("id", kind="stable", ignore_index=True).astype(self.items.dtypes.to_dict())
 
