@@ -81,11 +81,11 @@ def _export(
 
     _show_cost(export(model, data, manifest, int8, n, seed, max_loss), model)
 
-# %% ../../nbs/13_cli/05_model.ipynb #f1824628
+# %% ../../nbs/13_cli/05_model.ipynb #bc8a4d3a
 def _pictures(source, root):
     "The pictures that one argument stands for."
+    from binvision.data.sources import LISTS, list_sources
     from binvision.ground.pictures import list_pictures
-    from binvision.model.bulk import LISTS, list_sources
 
     if source.is_dir(): return list_pictures(source)
     return [path for _, path in list_sources(source, root)] if source.suffix.lower() in LISTS else [source]

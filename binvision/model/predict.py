@@ -187,12 +187,14 @@ def _stream(model, sources, batch_size):
         yield from in_order(partial(_predict_batch, model, one_core=True), chain(first, batches), model.threads)
     for failure in failures: raise failure
 
-# %% ../../nbs/05_model/03_predict.ipynb #13574ea0
+# %% ../../nbs/05_model/03_predict.ipynb #861c2e1f
 def _is_one(source):
     "Whether a source is a single thing, a picture or not. An array or a tensor with four axes is a stack of pictures."
     if isinstance(source, np.ndarray) or is_tensor(source): return source.ndim != 4
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(source, "read"): return True
-    return not (hasattr(source, "__iter__") or hasattr(source, "__getitem__"))
+    try: iter(source)
+    except TypeError: return True
+    return False
 
 
 def _opened(model, backend=None, threads=None):
