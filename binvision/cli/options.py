@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['read_counts', 'read_numbers', 'help_of', 'Kind', 'kind_of', 'option_of', 'value_of', 'command', 'reference']
 
-# %% ../../nbs/13_cli/01_options.ipynb #37c13a3f
+# %% ../../nbs/13_cli/01_options.ipynb #98d79a6d
 import inspect
 import re
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,35 +19,33 @@ import typer
 from fastcore.docments import docments
 
 from .app import app, guarded
+from ..ground.core import UsageError
+from ..ground.settings import with_rules
 
-# %% ../../nbs/13_cli/01_options.ipynb #ba6b3a23
+# %% ../../nbs/13_cli/01_options.ipynb #a0a0860a
 def read_counts(
     text:str, # "1-5", "1,2,3" or "0-2,5"
 )->list[int]: # ascending, each once
     "The counts that a text lists. Raises `UsageError` for any other text."
-    from binvision.ground.core import UsageError
-
-    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
-        raise UsageError(f"counts {text!r}: not understood", 'pass a range or a list, such as "1-5" or "1,2,3"')
+    if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
+        raise UsageError(f"counts {short(text)}: not understood", 'pass a range or a list, such as "1-5" or "1,2,3"')
     found = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
         found |= set(range(int(first), int(last or first) + 1))
-    if not found: raise UsageError(f"counts {text!r}: no count lies between", "the smaller one comes first, as in 1-5")
+    if not found: raise UsageError(f"counts {short(text)}: no count lies between", "the smaller one comes first, as in 1-5")
     return sorted(found)
 
-# %% ../../nbs/13_cli/01_options.ipynb #73bed0cf
+# %% ../../nbs/13_cli/01_options.ipynb #b1a4041d
 def read_numbers(
     text:str|None, # "0.5" or "0.485,0.456,0.406"
     option:str, # names it in the error
 )->float|list[float]|None:
     "One number or three from a text; None stays None. Raises `UsageError` for any other text."
-    from binvision.ground.core import UsageError
-
     try: values = None if text is None else [float(x) for x in text.split(",")]
     except ValueError: values = []
     if values is not None and len(values) not in (1, 3):
-        raise UsageError(f"{option} {text!r}: not one number or three", f"pass for example {option} 0.5 or {option} 0.485,0.456,0.406")
+        raise UsageError(f"{option} {short(text)}: not one number or three", f"pass for example {option} 0.5 or {option} 0.485,0.456,0.406")
     return values and (values[0] if len(values) == 1 else values)
 
 # %% ../../nbs/13_cli/01_options.ipynb #7f87024f
@@ -151,7 +150,7 @@ def value_of(
     if kind.none and value == "none": return False if bool in _members(annotation) else None
     return value
 
-# %% ../../nbs/13_cli/01_options.ipynb #a18f482e
+# %% ../../nbs/13_cli/01_options.ipynb #43a1750c
 def _field_parameters(fields):
     "Name → annotation, default and comment of fields of a pydantic model; None leaves a field to the model."
     for name, field in fields.items():
@@ -177,10 +176,10 @@ def command(
     function, # a private function with documented parameters, named after the command: _split for binvision split
 ): # the same function
     "Register a function as a command of `binvision`."
-    known = _parameters(function)
+    known, ruled = _parameters(function), with_rules(function)
     options = [option_of(name, *about) for name, about in known.items()]
 
-    def run(**given): return function(**{name: value_of(name, known[name][0], value) for name, value in given.items()})
+    def run(**given): return ruled(**{name: value_of(name, known[name][0], value) for name, value in given.items()})
 
     run.__name__, run.__doc__ = function.__name__.strip("_"), function.__doc__
     run.__signature__ = inspect.Signature(options)

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['read_settings']
 
-# %% ../../nbs/13_cli/07_search.ipynb #b09bf812
+# %% ../../nbs/13_cli/07_search.ipynb #607b7df8
+import inspect
 import shlex
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated
 
 import typer
-from pydantic import Field
 
 from .options import command
 from ..ground.core import UsageError
-from ..ground.settings import takes
+from ..ground.settings import AtLeastOne, Side, takes
 from ..search.settings import SearchSettings
 
 # %% ../../nbs/13_cli/07_search.ipynb #ef287739
@@ -29,9 +30,10 @@ def _show_space(ctx:typer.Context, wanted:bool):
     typer.echo(yaml.safe_dump(space, sort_keys=False, default_flow_style=None).rstrip())
     raise typer.Exit
 
-# %% ../../nbs/13_cli/07_search.ipynb #2d486547
+# %% ../../nbs/13_cli/07_search.ipynb #3b4dd967
 def read_settings(
     pairs:list[str], # such as batch_size=16
+    taken=(), # names that have an option of their own
 )->dict: # name → value
     "Settings from NAME=VALUE texts; values are read as in YAML. Raises `UsageError` for text of another form."
     import yaml
@@ -40,14 +42,15 @@ def read_settings(
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals):
-            raise UsageError(f"--set {pair!r}: not understood", "pass NAME=VALUE, such as --set batch_size=16")
+            raise UsageError(f"--set {short(pair)}: not understood", "pass NAME=VALUE, such as --set batch_size=16")
+        if name in taken: raise UsageError(f"--set {name}: has an option of its own", f"pass --{name.replace('_', '-')}")
         try: found[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {pair!r}: the value is not understood",
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UsageError(f"--set {short(pair)}: the value is not understood",
                              "pass a number, a word or a list such as [0.5, 0.5, 0.5]") from None
     return found
 
-# %% ../../nbs/13_cli/07_search.ipynb #fae3feac
+# %% ../../nbs/13_cli/07_search.ipynb #36be17d2
 @command
 @takes(SearchSettings)
 def _search(
@@ -58,15 +61,15 @@ def _search(
     frozen:Annotated[bool, typer.Option("--frozen", is_eager=True)]=False, # compute the features of a frozen backbone once, and try heads on them
     arch:str|None=None, # only this architecture; None for those of the space
     weights:str|Path|None="imagenet", # "imagenet", a .safetensors or .pth file, a model folder, or None for random ones
-    size:Annotated[int, Field(ge=32)]|None=None, # only this side of the square input, pixels; None for those of the space
-    epochs:Annotated[int, Field(ge=1)]|None=None, # epochs of a trial; None for 8, or 10 of a head
+    size:Side|None=None, # only this side of the square input, pixels; None for those of the space
+    epochs:AtLeastOne|None=None, # epochs of a trial; None for 8, or 10 of a head
     fixed:Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", show_default=False)]=[], # fix any other setting of training; may be repeated
     show_space:Annotated[bool, typer.Option("--show-space", is_eager=True, callback=_show_space)]=False, # print the default space, to edit (after --frozen: that of heads)
     **kwargs,
 ):
     "Search the settings that train best. Chosen on the valid part; may be killed and started again at any time."
     given = {name: value for name, value in {"arch": arch, "size": size, "epochs": epochs}.items() if value is not None}
-    given |= {"weights": weights} | read_settings(fixed)
+    given |= {"weights": weights} | read_settings(fixed, inspect.signature(_search).parameters)
     from binvision.search.search import search
 
     search(data, manifest, out, space=space, frozen=frozen, **kwargs, **given)
