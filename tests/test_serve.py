@@ -210,7 +210,7 @@ BAD_BODIES = {
     "compressed": (dict(content=b"x", headers=JSON | {"Content-Encoding": "gzip"}), 415, "content-encoding"),
     "not JSON": (dict(content=b"{]", headers=JSON), 400, "not-json"),
     "not UTF-8": (dict(content=b'"\xff"', headers=JSON), 400, "not-json"),
-    "deep JSON": (dict(content=b"[" * 1_000_000, headers=JSON), 400, "not-json"),
+    "deep JSON": (dict(content=b"[" * 1_000_000, headers=JSON), 413, "too-many-parts"),
     "deep and complete": (dict(content=b'{"a":' * 5000 + b"1" + b"}" * 5000, headers=JSON), 400, "not-json"),
     "a list": (dict(json=[1]), 422, "wrong-shape"), "no images": (dict(json={}), 422, "wrong-shape"),
     "none": (dict(json={"images": []}), 422, "wrong-shape"),

@@ -45,16 +45,16 @@ def jpeg_segments(
         yield found[1][0], raw[at+2:at+size]
         at += size
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #797b730c
+# %% ../../nbs/00_ground/03_bounds.ipynb #ccf30a7f
 _FRAMES = {0xC0, 0xC1, 0xC2} # the kinds of JPEG that cameras and browsers know: baseline, extended, progressive
 _RARE = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF} # lossless and arithmetic ones, which take long
 _NOTES = {0xFE, *range(0xE0, 0xF0)} # metadata
 
 
 def _scans_allowed(frame, max_pixels):
-    "How many scans a JPEG may have, by the segment that tells its size."
+    "How many scans a JPEG may have, by the segment that tells its size; one that is too large is not opened anyway."
     height, width = struct.unpack(">HH", frame[2:6])
-    return min(MAX_SCANS, max(MAX_PASSES, MAX_PASSES * max_pixels // max(1, height * width)))
+    return min(MAX_SCANS, MAX_PASSES * max_pixels // max(1, height * width)) if height * width <= max_pixels else MAX_SCANS
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #eabdaccf
 def check_jpeg(

@@ -44,7 +44,7 @@ class PicturesIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     images: list[PictureIn] = Field(min_length=1)
 
-# %% ../../nbs/12_serve/02_intake.ipynb #d7359fc8
+# %% ../../nbs/12_serve/02_intake.ipynb #c5af731c
 _SHAPE = 'the shape is {"images": [{"data": "<base64>", "name": "a.jpg", "quantity": 3}]}'
 
 
@@ -67,7 +67,10 @@ def _from_base64(text, index, settings):
         how = "encode the file's bytes, without a data: prefix"
         raise Problem(400, "not-base64", f"data is not base64: {how}", image=index) from e
 
-# %% ../../nbs/12_serve/02_intake.ipynb #39aaa359
+# %% ../../nbs/12_serve/02_intake.ipynb #7497c9ac
+_PARTS = 300 # brackets and commas for each picture of a JSON body: more than there are in the longest name
+
+
 def _check_number(n, settings):
     "Raise a `Problem` for more pictures than a request may hold."
     limit = settings.max_images
@@ -76,6 +79,8 @@ def _check_number(n, settings):
 
 def _read_json(body, settings):
     "The pictures of a JSON body."
+    if sum(map(body.count, (b"{", b"[", b","))) > _PARTS * settings.max_images:
+        raise Problem(413, "too-many-parts", f"the body holds far more than {settings.max_images} pictures; {_SHAPE}")
     try: document = orjson.loads(body)
     except orjson.JSONDecodeError as e: raise Problem(400, "not-json", f"the body is not JSON: {e}") from e
     images = document.get("images") if isinstance(document, dict) else None
@@ -113,11 +118,13 @@ class _Form:
 
     def on_end(self): self.ended = True
 
-# %% ../../nbs/12_serve/02_intake.ipynb #f9266b39
+# %% ../../nbs/12_serve/02_intake.ipynb #9d67256d
 @patch
 def parse(self:_Form, body, boundary):
     "Read a body. Raises `Problem` for one that is not a form or not complete."
     config = {"MAX_MEMORY_FILE_SIZE": float("inf")}  # never to the disk
+    if body.count(b"\r\n--") > 1000 + 2 * self.settings.max_images:
+        raise Problem(413, "too-many-parts", f"the form holds far more than {self.settings.max_images} pictures")
     try:
         parser = FormParser("multipart/form-data", self.on_field, self.on_file, self.on_end, boundary, config=config)
         parser.write(body)

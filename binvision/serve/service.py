@@ -26,7 +26,7 @@ from .limits import ServeSettings
 from .metrics import Metrics, log_event
 from .pictures import Problem, read_picture
 
-# %% ../../nbs/12_serve/07_service.ipynb #76513ff4
+# %% ../../nbs/12_serve/07_service.ipynb #a90867e8
 def _unusable(sent, failed):
     "One problem for a request in which some pictures failed: pairs of their index and their `Problem`."
     named = [{"image": i, "name": sent[i].name, "code": e.code, "detail": e.detail} for i, e in failed]
@@ -39,9 +39,13 @@ def _unusable(sent, failed):
 async def read_all(
     sent:list, # of Sent
     read, # gives an awaitable array for the bytes of a picture
+    together:int=2, # pictures that are handed in at a time
 )->list: # arrays, in order
     "All pictures of a request as arrays. Raises `Problem`, which names each picture that cannot be used."
-    arrays = await asyncio.gather(*(read(one.raw) for one in sent), return_exceptions=True)
+    turn = asyncio.Semaphore(together)
+    async def read_one(raw):
+        async with turn: return await read(raw)
+    arrays = await asyncio.gather(*(read_one(one.raw) for one in sent), return_exceptions=True)
     failed = [(i, e) for i, e in enumerate(arrays) if isinstance(e, BaseException)]
     for _, e in failed:
         if not isinstance(e, Problem): raise e
@@ -127,7 +131,7 @@ async def lifespan(
     self.pool.shutdown(cancel_futures=True)
     log_event("stopped", accepted=self.accepted, answered=self.answered)
 
-# %% ../../nbs/12_serve/07_service.ipynb #e4c28a0e
+# %% ../../nbs/12_serve/07_service.ipynb #9cce4d95
 @patch
 async def _read_body(self:Service, request):
     "The pictures of a request as they were sent."
@@ -142,7 +146,7 @@ async def _rows(self:Service, request, sent):
     with self.batcher.reserve(len(sent)):
         self.accepted += 1
         request.state.accepted, request.state.images = True, len(sent)
-        return await self.batcher(await read_all(sent, self.read))
+        return await self.batcher(await read_all(sent, self.read, self.settings.decoders))
 
 # %% ../../nbs/12_serve/07_service.ipynb #249abd65
 @patch
