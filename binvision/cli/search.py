@@ -19,10 +19,10 @@ from ..ground.core import UsageError
 from ..ground.settings import AtLeastOne, Side, takes
 from ..search.settings import SearchSettings
 
-# %% ../../nbs/13_cli/07_search.ipynb #ef287739
+# %% ../../nbs/13_cli/07_search.ipynb #66a3549b
 def _show_space(ctx:typer.Context, wanted:bool):
     "Print the default space and stop."
-    if not wanted or ctx.resilient_parsing: return
+    if not wanted or ctx.resilient_parsing: return wanted
     import yaml
     from binvision.search.space import FROZEN_SPACE, SPACE
 
