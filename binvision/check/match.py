@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'COUNTS', 'EXCESS', 'SIZES', 'record_sizes', 'record_columns', 'Matcher', 'fit_matcher', 'matcher_of']
 
-# %% ../../nbs/09_check/04_match.ipynb #84623f61
+# %% ../../nbs/09_check/04_match.ipynb #04e5e05d
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .items import item_table
+from .items import item_measures
 from ..ground.core import DataError, rng
 
-# %% ../../nbs/09_check/04_match.ipynb #9667a35e
+# %% ../../nbs/09_check/04_match.ipynb #030ce152
 KINDS, COUNTS, EXCESS = 6, 10, 5 # more kinds, items, items than kinds count as this many
 SIZES = ("volume", "largest", "smallest", "weight", "longest", "shortest") # logarithms; NaN where unknown
 
@@ -21,7 +21,7 @@ def record_sizes(
     items:pd.DataFrame, # a row an item: id, asin, name, height, length, width (inches), weight (pounds)
 )->pd.DataFrame: # a row a bin, by its id, in the order of items: kinds, and SIZES of one of each item
     "What the list of each record says of sizes, without quantities."
-    table, bins = item_table(items), items["id"].to_numpy()
+    table, bins = item_measures(items), items["id"].to_numpy()
     each = table.groupby(bins, sort=False)
     known = table[["volume", "weight"]].apply(np.exp).groupby(bins, sort=False).sum(min_count=1).apply(np.log)
     return pd.DataFrame({"kinds": each.size(), "volume": known["volume"], "largest": each["volume"].max(), "smallest": each["volume"].min(),
@@ -75,12 +75,12 @@ def log_ratio(self:Matcher,
     "The logarithm of d(picture, record), for each bin with the given count."
     return np.einsum("nd,dc,nc->n", seen, self.weights, record_columns(sizes, count, self.scale), optimize=True) + self.bias
 
-# %% ../../nbs/09_check/04_match.ipynb #938c03e2
+# %% ../../nbs/09_check/04_match.ipynb #e18c3c7b
 def _directions(features, most):
     "The main directions of features, scaled so that each varies by 1."
     from sklearn.decomposition import PCA
 
-    pca = PCA(min(most, *features.shape), random_state=0).fit(features)
+    pca = PCA(min(most, *features.shape), random_state=0).fit(features.astype(float))
     axes = pca.components_ / np.sqrt(pca.explained_variance_ + 1e-12)[:, None]
     return np.hstack([axes, axes @ pca.mean_[:, None]])
 
