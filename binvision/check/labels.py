@@ -33,7 +33,7 @@ def _manifest_of(model, card):
     raise ModelError(f"{model}: its manifest is gone, so nobody knows which bins it has seen",
                      f"copy the manifest that it was trained on to {model.parent/'manifest.csv'}")
 
-# %% ../../nbs/09_check/10_labels.ipynb #afae796d
+# %% ../../nbs/09_check/10_labels.ipynb #85234dba
 def _origin(model, card):
     "The model folder that a training took its weights from, or None."
     weights = (card.get("training") or {}).get("weights")
@@ -41,14 +41,14 @@ def _origin(model, card):
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     if (folder/"card.json").is_file(): return folder
     if Path(weights).is_file(): return None
-    raise ModelError(f"{model}: began with the weights {weights}, which are gone, so nobody knows which bins they have seen",
-                     "bring them back, or work where they can be found")
+    raise ModelError(f"{model}: began with {weights}, which are gone, so nobody knows which bins they have seen",
+                     "bring these weights back, or work where they can be found")
 
-# %% ../../nbs/09_check/10_labels.ipynb #57504e37
+# %% ../../nbs/09_check/10_labels.ipynb #e6d6bb2b
 def seen_by(
     run:str|os.PathLike, # a run folder that train wrote
 )->pd.DataFrame: # id and group of these bins
-    "The bins that a run has learnt from or chosen its epoch on, also before. Raises `ModelError` if that cannot be known."
+    "The bins that a run has learnt from or chosen its epoch on. Raises `ModelError` if that cannot be known."
     model, found, done = Path(run)/"model", [], set()
     while model is not None and model.resolve() not in done:
         done.add(model.resolve())
@@ -67,16 +67,17 @@ def unseen(
     known = manifest["id"].isin(seen["id"])
     return ~manifest["group"].isin(manifest["group"][known]).to_numpy()
 
-# %% ../../nbs/09_check/10_labels.ipynb #538441f5
+# %% ../../nbs/09_check/10_labels.ipynb #3d85d8cb
 def judges(
     rows:pd.DataFrame, # a manifest
     runs:list, # run folders
 )->pd.DataFrame: # a bool for each bin (rows) and run (columns)
-    "Which runs may judge which bins. Raises `ModelError` if that cannot be known, `UsageError` if no run may judge any bin."
+    "Which runs may judge which bins. Raises `ModelError` if that is unknown, `UsageError` if no run may judge any."
     if not len(runs): raise UsageError("no runs", "pass the run folders of folds, such as runs/fold-*")
     may = pd.DataFrame({str(run): unseen(rows, seen_by(run)) for run in runs}, rows.index)
     if may.to_numpy().any(): return may
-    raise UsageError("each of these runs has seen all bins, or others of their groups", "train on folds: binvision folds MANIFEST")
+    raise UsageError("each of these runs has seen all bins, or others of their groups",
+                     "train on folds: binvision folds MANIFEST")
 
 # %% ../../nbs/09_check/10_labels.ipynb #afb3a552
 def _probabilities(model, paths):
@@ -136,14 +137,15 @@ def rank_labels(
         "expected_distance": (probabilities * apart).sum(1), "p_recorded": probabilities[np.arange(len(label)), label],
         "quality": get_label_quality_scores(label, probabilities, method="normalized_margin"), "issue": issue})
 
-# %% ../../nbs/09_check/10_labels.ipynb #ddba8d03
+# %% ../../nbs/09_check/10_labels.ipynb #bf62ec91
 def _table(rows, found, share):
     "The list: a row for each bin that was judged, the most doubtful first."
     columns = list(found.filter(regex=r"^p\d"))
     counts = [int(name[1:]) for name in columns]
     rows = rows.merge(found.reset_index(), on="id")
     rows = rows[rows["count"].isin(counts) & (rows["models"] > 0)].reset_index(drop=True)
-    if rows.empty: raise DataError("none of the bins that these runs may judge has a usable picture and a count that they know", "check the pictures")
+    if rows.empty: raise DataError("no bin that these runs may judge has a usable picture and a count that they know",
+                                   "look at the pictures, and at the counts in the models' cards")
     ranks = rank_labels(rows["count"].to_numpy(), rows[columns].to_numpy(), counts)
     table = pd.concat([rows[["id", "part"]], ranks, rows[["models", *columns, "path"]]], axis=1)
     table = table.sort_values(["quality", "id"], ignore_index=True)
@@ -151,18 +153,18 @@ def _table(rows, found, share):
     out = table["issue"] & (table["place"] <= share * len(table))
     return table.assign(count=table["recorded"].astype("Int64").mask(out))
 
-# %% ../../nbs/09_check/10_labels.ipynb #d803a8b3
+# %% ../../nbs/09_check/10_labels.ipynb #acb4035b
 def _coverage(rows, may, found):
     "For each part of the manifest and for all: how many bins were judged, and how many were not for which reason."
     known = rows["count"].isin([int(name[1:]) for name in found.filter(regex=r"^p\d")]).to_numpy()
     allowed, did = may.to_numpy().any(1), found["models"].to_numpy() > 0
-    table = pd.DataFrame({"part": rows["part"].to_numpy(), "bins": 1, "judged": did & known, "seen by all runs": ~allowed,
-                          "picture cannot be used": allowed & ~did, "count unknown to the models": did & ~known})
+    table = pd.DataFrame({"part": rows["part"].to_numpy(), "bins": 1, "judged": did & known,
+                          "seen by all runs": ~allowed, "picture cannot be used": allowed & ~did, "count unknown to the models": did & ~known})
     table = table.groupby("part").sum().reindex([part for part in PARTS if part in set(rows["part"])])
     table.loc["all"] = table.sum()
     return table
 
-# %% ../../nbs/09_check/10_labels.ipynb #0f11817a
+# %% ../../nbs/09_check/10_labels.ipynb #663555a7
 @dataclass(repr=False)
 class Labels:
     "What models think of records that they have not seen."
@@ -172,10 +174,11 @@ class Labels:
 
     def __repr__(self):
         every, left = self.coverage.loc["all"], self.table["count"].isna().sum()
-        return (f"{every['judged']:,} of {every['bins']:,} bins ({every['judged'] / every['bins']:.0%}) judged by models that have not seen them; "
+        share = every["judged"] / every["bins"]
+        return (f"{every['judged']:,} of {every['bins']:,} bins ({share:.0%}) judged by models that have not seen them; "
                 f"{self.table['issue'].sum():,} issues, {left:,} proposed for leaving out")
 
-# %% ../../nbs/09_check/10_labels.ipynb #3291637a
+# %% ../../nbs/09_check/10_labels.ipynb #0cd89a47
 _SHOWN = ["place", "id", "part", "recorded", "likely", "distance", "expected_distance", "quality", "issue"]
 
 
@@ -186,22 +189,23 @@ class _Pictures:
     def to_html(self, **kwargs):
         shown = self.table[_SHOWN].rename(columns=lambda name: name.replace("_", " "))
         shown = shown.map(lambda value: escape(value) if isinstance(value, str) else value)
-        shown.insert(1, "picture", [f"<img alt='{escape(row.id, quote=True)}' src='{thumbnail(row.path, 160)}'>" for row in self.table.itertuples()])
+        shown.insert(1, "picture", [f"<img alt='{escape(id)}' src='{thumbnail(path, 160)}'>"
+                                    for id, path in zip(self.table["id"], self.table["path"])])
         with pd.option_context("display.max_colwidth", None):
             return shown.to_html(escape=False, index=False, **kwargs)
 
-# %% ../../nbs/09_check/10_labels.ipynb #88d1b6b8
+# %% ../../nbs/09_check/10_labels.ipynb #d3a9943d
 @patch
 def page(self:Labels,
     first:int=60, # bins to show with their pictures
 )->str: # HTML
     "A self-contained page: the most doubtful bins, recorded against likely counts, and what could be judged."
-    about = ("distance is the likeliest count less the recorded one, expected distance how far the record is off on average, in items; "
-             "quality is low where the record is hard to believe, from 0 to 1.")
+    about = ("distance is the likeliest count less the recorded one, expected distance how far the record is off on average, "
+             "in items; quality is low where the record is hard to believe, from 0 to 1.")
     both = pd.crosstab(self.table["recorded"], self.table["likely"], margins=True, margins_name="all")
-    return html_page("Records that training should not believe", [
-        ("The most doubtful", [about, _Pictures(self.table.head(first))]),
-        ("Recorded (rows) and likely (columns)", [both]), ("What could be judged", [self.coverage, self.runs])], f"{self}.")
+    sections = [("The most doubtful", [about, _Pictures(self.table.head(first))]),
+                ("Recorded (rows) and likely (columns)", [both]), ("What could be judged", [self.coverage, self.runs])]
+    return html_page("Records that training should not believe", sections, f"{self}.")
 
 # %% ../../nbs/09_check/10_labels.ipynb #77d88959
 def labels(

@@ -13,7 +13,7 @@ import pandas as pd
 from ..ground.core import DataError
 from ..ground.tables import read_csv, whole
 
-# %% ../../nbs/04_split/04_corrections.ipynb #62ab4ad7
+# %% ../../nbs/04_split/04_corrections.ipynb #1d920d10
 _HINT = "a file of corrections has the columns id and count, and a line for each bin; an empty count leaves the bin out"
 
 
@@ -29,19 +29,20 @@ def read_corrections(
         raise DataError(f"{path}: bin {table['id'][wrong].iloc[0]!r} has the count {text[wrong].iloc[0]!r}", _HINT)
     table = pd.DataFrame({"id": table["id"], "count": text.map(whole).astype("Int64")}).drop_duplicates()
     if (twice := table["id"].duplicated()).any():
-        raise DataError(f"{path}: bin {table['id'][twice].iloc[0]!r} has two different counts", "keep the line that is right")
+        raise DataError(f"{path}: bin {table['id'][twice].iloc[0]!r} has two different counts",
+                        "keep the line that is right")
     return table.set_index("id")["count"]
 
-# %% ../../nbs/04_split/04_corrections.ipynb #703b788d
+# %% ../../nbs/04_split/04_corrections.ipynb #e76c7489
 def _check_known(counts, manifest, path):
     "Raise `DataError` for a bin that is not in the manifest, or a count that none of its bins to learn from has."
     if len(unknown := counts.index.difference(manifest["id"])):
-        raise DataError(f"{path}: {len(unknown):,} of its {len(counts):,} bins are not in the manifest (first: {unknown[0]!r})",
+        raise DataError(f"{path}: {len(unknown):,} of {len(counts):,} bins are not in the manifest (first: {unknown[0]!r})",
                         "leave these lines out, and check the spelling: 523 and 00523 are two bins")
     known = sorted(manifest["count"][manifest["part"] != "test"].unique())
     if (strange := counts.notna() & ~counts.isin(known)).any():
-        raise DataError(f"{path}: bin {counts.index[strange][0]!r} has the count {counts[strange].iloc[0]}, and the model "
-                        f"knows {', '.join(map(str, known))}", "leave the count empty, so that the bin is left out")
+        raise DataError(f"{path}: bin {counts.index[strange][0]!r} has the count {counts[strange].iloc[0]}, "
+                        f"and the model knows {', '.join(map(str, known))}", "leave the count empty, so that the bin is left out")
 
 # %% ../../nbs/04_split/04_corrections.ipynb #066ba009
 def correct(

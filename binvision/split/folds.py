@@ -47,31 +47,32 @@ def _check_fold(fold, i):
     if lost := [count for count in sizes if not sizes[count]["train"]]:
         raise UsageError(f"fold {i}: would train without any bin of count {lost[0]}", hint)
 
-# %% ../../nbs/04_split/03_folds.ipynb #c66643ff
+# %% ../../nbs/04_split/03_folds.ipynb #d258ed4e
 def folds(
     manifest:pd.DataFrame|str|os.PathLike, # a manifest, or its path
     k:int=5, # how many folds
     valid:float=.15, # fraction of the bins that a fold keeps to choose the best epoch on
     seed:int=0, # another seed, other folds
 )->list[pd.DataFrame]: # k manifests of the train and valid bins; each of these bins is in the test part of one
-    "Manifests that leave out every bin once, groups as a whole. Raises `UsageError` if there are too few bins for that."
+    "Manifests that leave out every bin once, groups as a whole. Raises `UsageError` where there are too few bins."
     if not isinstance(manifest, pd.DataFrame): manifest = read_manifest(manifest)
     if k < 2: raise UsageError(f"folds={k}: fewer than 2", "ask for 2 folds or more; 5 are usual")
     if not 0 < valid <= .5: raise UsageError(f"valid={valid}: not above 0 and up to 0.5", "leave it at 0.15")
     rows = manifest[manifest["part"] != "test"].reset_index(drop=True)
     if (most := rows["count"].value_counts().max() if len(rows) else 0) < k:
-        raise UsageError(f"folds={k}: no count has more than {most} bins in train and valid", "ask for fewer folds, or add bins")
+        raise UsageError(f"folds={k}: no count has more than {most} bins in train and valid",
+                         "ask for fewer folds, or add bins")
     number = _numbers(rows, k, seed)
     made = [_manifest(rows, number == i, valid, seed) for i in range(k)]
     for i, fold in enumerate(made): _check_fold(fold, i)
     return made
 
-# %% ../../nbs/04_split/03_folds.ipynb #c59798cb
+# %% ../../nbs/04_split/03_folds.ipynb #500b97e4
 def write_folds(
     made:list, # what folds returned
     folder:str|os.PathLike, # becomes a folder with 0.csv, 1.csv, …; older folds in it are replaced
 )->list[str]: # the SHA-256 of each file
-    "Write folds as manifests. Raises `UsageError` for a folder that holds anything else, `DataError` if the disk refuses."
+    "Write folds. Raises `UsageError` for a folder that holds anything else, `DataError` if the disk refuses."
     folder = Path(folder)
     if folder.is_file(): raise UsageError(f"{folder}: a file, not a folder", "choose another folder for the folds")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
