@@ -35,14 +35,15 @@ def _log_bet(k, n):
     "Log probability of k wrong records in n random looks in the order in which they came, as the bets predicted it."
     return logsumexp([np.log(w) + betaln(a + k, b + n - k) - betaln(a, b) for w, a, b in PRIORS], axis=0)
 
-# %% ../../nbs/09_check/08_audit.ipynb #29d0b5f9
+# %% ../../nbs/09_check/08_audit.ipynb #f8b534fa
 @patch
 def likelihood(self:Looks,
     total:int, # wrong records in all
 )->np.ndarray: # (random looks,), log
     "The probability of what the random looks found up to each of them, if `total` records are wrong."
-    rest = total - self.known
-    with np.errstate(divide="ignore"): return np.cumsum(np.log(np.maximum(np.where(self.hit, rest, self.pool - rest), 0) / self.pool))
+    left = total - self.known
+    chance = np.maximum(np.where(self.hit, left, self.pool - left), 0) / self.pool
+    with np.errstate(divide="ignore"): return np.cumsum(np.log(chance))
 
 
 @patch
@@ -52,7 +53,7 @@ def wealth(self:Looks,
     "What 1 has become for somebody who bets against `total`, after each random look."
     return self.bet - self.likelihood(total)
 
-# %% ../../nbs/09_check/08_audit.ipynb #d84e2685
+# %% ../../nbs/09_check/08_audit.ipynb #7a4650db
 @patch
 def low(self:Looks,
     confidence:float=.95, # of the interval, from 0 to 1
@@ -72,7 +73,7 @@ def high(self:Looks,
     def kept(total):
         now = self.likelihood(total)
         return not ((self.bet - now >= -np.log(1 - confidence)) & (self.likelihood(total - 1) > now)).any()
-    return self.highest - bisect_left(range(self.highest - self.lowest), True, key=lambda down: kept(self.highest - down))
+    return self.highest - bisect_left(range(self.highest - self.lowest), True, key=lambda k: kept(self.highest - k))
 
 # %% ../../nbs/09_check/08_audit.ipynb #4dd42884
 @patch
@@ -82,13 +83,13 @@ def peak(self:Looks)->int|None: # None without random looks
     def falls(total): return self.likelihood(total + 1)[-1] <= self.likelihood(total)[-1]
     return self.lowest + bisect_left(range(self.lowest, self.highest), True, key=falls)
 
-# %% ../../nbs/09_check/08_audit.ipynb #979f6e7a
+# %% ../../nbs/09_check/08_audit.ipynb #f2f4e1ad
 def bounds(
     n:int, # bins that have a record
     verdict:np.ndarray, # (looks,), in the order of the queue: 1 wrong, 0 right, -1 not known
     random:np.ndarray, # (looks,), True where the bin was drawn at random
     confidence:float=.95, # from 0 to 1
-)->tuple[int|None,int,int]: # the most probable number of wrong records (None without random looks), and the ends of the interval
+)->tuple[int|None,int,int]: # the most probable number (None without random looks), and the ends of the interval
     "How many records are wrong, if some looks are still open."
     verdict, random = np.asarray(verdict), np.asarray(random, bool)
     seen = np.flatnonzero((verdict >= 0) & random)
@@ -114,7 +115,7 @@ def _projected(self:Looks, more, share, confidence):
     end = top + bisect_left(range(top, high), True, key=lambda w: bet - likelihood(w + 1) >= limit)
     return end - low - bisect_left(range(low, top), True, key=lambda w: bet - likelihood(w) < limit)
 
-# %% ../../nbs/09_check/08_audit.ipynb #a3556a32
+# %% ../../nbs/09_check/08_audit.ipynb #ebd57038
 def more_looks(
     n:int, # bins that have a record
     verdict:np.ndarray, # (looks,), as for bounds
@@ -129,4 +130,5 @@ def more_looks(
     work = Looks(n, np.asarray(verdict)[known] == 1, np.asarray(random, bool)[known])
     k, t = work.hit.sum(), len(work.hit)
     share = float(np.exp(_log_bet(k + 1, t + 1) - _log_bet(k, t)))  # what the next bet says
-    return 1 + bisect_left(range(1, work.highest - work.lowest), True, key=lambda more: work._projected(more, share, confidence) <= width * n)
+    def enough(more): return work._projected(more, share, confidence) <= width * n
+    return 1 + bisect_left(range(1, work.highest - work.lowest), True, key=enough)

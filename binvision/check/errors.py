@@ -23,13 +23,13 @@ from ..ground.core import DataError, UsageError, atomic_write, rng
 from ..ground.folders import atomic_folder
 from ..ground.tables import write_csv
 
-# %% ../../nbs/09_check/00_errors.ipynb #bb805bae
+# %% ../../nbs/09_check/00_errors.ipynb #d9d61763
 def record_counts(
     items:pd.DataFrame, # a row an item: id, asin, quantity, and maybe others
 )->pd.Series: # by id
     "The count of each record: the sum of its quantities. Raises `DataError` for a quantity that is not a whole number."
     if missing := [c for c in ("id", "asin", "quantity") if c not in items]:
-        raise DataError(f"items: no column {', '.join(missing)}", "pass the items of a catalogue: as_catalogue(DATA).items")
+        raise DataError(f"items: no column {', '.join(missing)}", "pass the items of a catalogue")
     quantity = pd.to_numeric(items["quantity"], errors="coerce").to_numpy(float, na_value=np.nan)
     if (wrong := ~((quantity >= 0) & (quantity % 1 == 0))).any():
         id, asin, found = items[["id", "asin", "quantity"]].iloc[int(np.argmax(wrong))]
@@ -62,14 +62,15 @@ def _draw(self:_Records, options, n):
     options = options[options["id"].isin(ids)].sample(frac=1, random_state=self.random)
     return options.drop_duplicates(["id", "step"]).sample(frac=1, random_state=self.random).drop_duplicates("id")
 
-# %% ../../nbs/09_check/00_errors.ipynb #ba9432de
+# %% ../../nbs/09_check/00_errors.ipynb #77d5b046
 @patch
 def _other_quantity(self:_Records, free, n, steps):
     "One quantity of each of n bins is changed by one of the steps."
     rows = self.items.loc[self.items["id"].isin(free) & (self.items["quantity"] > 0), ["id", "asin", "quantity"]]
     options = pd.concat([rows.assign(step=step) for step in steps])
-    possible = (options["quantity"] + options["step"] >= 1) & (options["id"].map(self.total) + options["step"]).between(*self.limits)
-    drawn = self._draw(options[possible], n)
+    stays = options["quantity"] + options["step"] >= 1
+    within = (options["id"].map(self.total) + options["step"]).between(*self.limits)
+    drawn = self._draw(options[stays & within], n)
     return drawn.assign(row=drawn.index, quantity=drawn["quantity"] + drawn["step"])
 
 # %% ../../nbs/09_check/00_errors.ipynb #24f01d90
@@ -111,7 +112,7 @@ def _swapped(self:_Records, free, n):
         else: waiting.append(id)
     return pd.DataFrame([pair for a, b in pairs for pair in ((a, b), (b, a))], columns=["id", "other"])
 
-# %% ../../nbs/09_check/00_errors.ipynb #e9869440
+# %% ../../nbs/09_check/00_errors.ipynb #f2dbd751
 @dataclass(repr=False)
 class Falsified:
     "Items of which some are falsified."
@@ -123,7 +124,8 @@ class Falsified:
     def made(self): return {kind: int((self.changes["kind"] == kind).sum()) for kind in self.asked}
 
     def __repr__(self):
-        return "Falsified: " + ", ".join(f"{kind} {self.made[kind]:,} of {n:,} asked for" for kind, n in self.asked.items())
+        made = (f"{kind} {self.made[kind]:,} of {n:,} asked for" for kind, n in self.asked.items())
+        return f"Falsified: {', '.join(made)}"
 
 # %% ../../nbs/09_check/00_errors.ipynb #9ef4d214
 def _shared_out(kind, n):
@@ -136,18 +138,19 @@ def _shared_out(kind, n):
     ends = np.round(np.cumsum([0, *weights.values()]) / sum(weights.values()) * n).astype(int)
     return dict(zip(weights, np.diff(ends).tolist()))
 
-# %% ../../nbs/09_check/00_errors.ipynb #946c5c88
+# %% ../../nbs/09_check/00_errors.ipynb #5c725b4e
 @patch
 def _errors(self:_Records, asked, free):
     "The changes to make: id, kind, asin, other, row, quantity."
     make, tables = {"missing item": self._missing_item, "extra item": self._extra_item, "swapped": self._swapped}, []
     for kind, n in asked.items():
         found = self._other_quantity(free, n, _STEPS[kind]) if kind in _STEPS else make[kind](free, n)
-        tables.append(found.assign(kind=kind).reindex(columns=["id", "kind", "asin", "other", "row", "quantity"]).astype(object))
-        free = free.difference([*found["id"], *tables[-1]["other"].dropna()]) if kind == "swapped" else free.difference(found["id"])
+        columns = ["id", "kind", "asin", "other", "row", "quantity"]
+        tables.append(found.assign(kind=kind).reindex(columns=columns).astype(object))
+        free = free.difference(found["id"])
     return pd.concat(tables).sort_values("id", ignore_index=True)
 
-# %% ../../nbs/09_check/00_errors.ipynb #069bc8ba
+# %% ../../nbs/09_check/00_errors.ipynb #e48d5c0b
 @patch
 def _falsified(self:_Records, errors):
     "The items after the errors."
@@ -158,9 +161,10 @@ def _falsified(self:_Records, errors):
     swap = errors[errors["kind"] == "swapped"].set_index("id")["other"].to_dict()
     items["id"] = [swap.get(id, id) for id in items["id"]]
     added = self.items.loc[extra["row"].astype(int)].assign(id=extra["id"].to_numpy())
-    return pd.concat([items, added]).sort_values("id", kind="stable", ignore_index=True).astype(self.items.dtypes.to_dict())
+    items = pd.concat([items, added]).sort_values("id", kind="stable", ignore_index=True)
+    return items.astype(self.items.dtypes.to_dict())
 
-# %% ../../nbs/09_check/00_errors.ipynb #72ce7720
+# %% ../../nbs/09_check/00_errors.ipynb #0fe1b2eb
 def falsify(
     items:pd.DataFrame, # a row an item: id, asin, quantity, and maybe others
     kind:str|Iterable|dict="one off", # a key of KINDS, several, or kind → weight
@@ -169,7 +173,7 @@ def falsify(
     counts:Iterable|None=None, # only records with these counts, which stay within their range; such as range(1, 6)
     ids:Iterable|None=None, # only records of these bins
 )->Falsified:
-    "Falsify a share of records that have items. Raises `UsageError` for an unknown kind or share, `DataError` for unusable items."
+    "Falsify a share of records. Raises `UsageError` for what is not possible, `DataError` for unusable items."
     if not 0 <= share <= 1: raise UsageError(f"share={share}: not between 0 and 1", "0.02 falsifies 2 % of the records")
     total, items = record_counts(items), items.reset_index(drop=True)
     limits = (1, int(total.max()) + 1_000_000) if counts is None else (min(counts), max(counts))
@@ -180,7 +184,8 @@ def falsify(
     records = _Records(items, total, limits, rng(seed, "errors"))
     errors = records._errors(asked, free)
     made = records._falsified(errors)
-    changes = errors[["id", "kind", "asin", "other"]].assign(before=errors["id"].map(total), after=errors["id"].map(record_counts(made)))
+    changes = errors[["id", "kind", "asin", "other"]].assign(before=errors["id"].map(total))
+    changes["after"] = errors["id"].map(record_counts(made))
     return Falsified(made, changes, asked)
 
 # %% ../../nbs/09_check/00_errors.ipynb #3dd5ff6f
@@ -195,7 +200,7 @@ def _document(folder, id, other, rows):
     own["EXPECTED_QUANTITY"] = int(rows["quantity"].sum())
     return json.dumps(own, indent=4, sort_keys=True).encode()
 
-# %% ../../nbs/09_check/00_errors.ipynb #4e1e22d3
+# %% ../../nbs/09_check/00_errors.ipynb #b9f78a09
 def _link(source, target):
     "A second name for a file; a copy where the disk has no such names."
     try: os.link(source, target)
@@ -208,9 +213,10 @@ def _write_documents(source, target, made):
     by_id = made.items[made.items["id"].isin(made.changes["id"])].groupby("id")
     for row in made.changes.itertuples():
         other = row.other if isinstance(row.other, str) else None
-        with atomic_write(target/f"{row.id}.json", sync=False) as file: file.write(_document(source, row.id, other, by_id.get_group(row.id)))
+        document = _document(source, row.id, other, by_id.get_group(row.id))
+        with atomic_write(target/f"{row.id}.json", sync=False) as file: file.write(document)
 
-# %% ../../nbs/09_check/00_errors.ipynb #66f1e410
+# %% ../../nbs/09_check/00_errors.ipynb #1fb414bb
 def falsify_documents(
     data:str|os.PathLike, # a data set folder with documents
     out:str|os.PathLike, # the data set folder to make; it must not exist
@@ -221,7 +227,7 @@ def falsify_documents(
     ids:Iterable|None=None, # as for falsify
     pictures:bool=True, # link the pictures into the new folder too
 )->Falsified:
-    "Write a data set folder with some wrong documents, and falsified.csv. Raises `UsageError` if it exists, `DataError` for data without documents."
+    "Write a data set folder with some wrong documents, and falsified.csv. Raises `UsageError` or `DataError`."
     data, out = data_folder(data), Path(out)
     if out.exists(): raise UsageError(f"{out}: already exists", "pass a new folder")
     items = catalogue(data, images=False).items
@@ -229,6 +235,7 @@ def falsify_documents(
     made = falsify(items, kind, share, seed, counts, ids)
     with atomic_folder(out) as folder:
         _write_documents(data/"metadata", folder/"metadata", made)
-        if pictures and (data/"bin-images").is_dir(): shutil.copytree(data/"bin-images", folder/"bin-images", copy_function=_link)
+        if pictures and (data/"bin-images").is_dir():
+            shutil.copytree(data/"bin-images", folder/"bin-images", copy_function=_link)
         write_csv(made.changes, folder/"falsified.csv")
     return made

@@ -22,7 +22,7 @@ from .audit import bounds, more_looks
 from .queue import read_findings, read_queue
 from ..ground.core import DataError, UsageError, read_file
 
-# %% ../../nbs/09_check/08_estimate.ipynb #d22ea888
+# %% ../../nbs/09_check/08_estimate.ipynb #4cb07b42
 UNDECIDED = ("retake", "skip") # verdicts of people who cannot count
 
 
@@ -31,11 +31,12 @@ def _review(said):
     if not isinstance(said, dict): raise ValueError("it is not an object")
     bin, count = said.get("bin"), said.get("count")
     if not isinstance(bin, str): raise ValueError(f"bin is {bin!r}, not a text")
-    if count is None and said.get("verdict") not in UNDECIDED: raise ValueError("it has no count, and no verdict retake or skip")
-    if count is not None and (type(count) is not int or count < 0): raise ValueError(f"count is {count!r}, not a whole number")
+    if count is None:
+        if said.get("verdict") not in UNDECIDED: raise ValueError("it has no count, and no verdict retake or skip")
+    elif type(count) is not int or count < 0: raise ValueError(f"count is {count!r}, not a whole number")
     return bin, str(said.get("by", "")), count
 
-# %% ../../nbs/09_check/08_estimate.ipynb #4173b4d8
+# %% ../../nbs/09_check/08_estimate.ipynb #e0418371
 def read_reviews(
     path:str|os.PathLike, # reviews.jsonl
     notes:list, # what is told: a line that was cut off, another model
@@ -53,13 +54,14 @@ def read_reviews(
                 notes.append(f"line {number} of the reviews is cut off: left out")
                 continue
             reason = "it is not JSON" if isinstance(e, json.JSONDecodeError) else e
-            raise DataError(f"{path}: line {number}: {reason}", 'a line is {"bin": "00523", "count": 3}; correct it or remove it') from e
+            hint = 'correct it or remove it; a line is {"bin": "00523", "count": 3}'
+            raise DataError(f"{path}: line {number}: {reason}", hint) from e
         reviews[tuple(key)] = count
         others += model is not None and said.get("model", model) != model
-    if others: notes.append(f"reviews that name another model: {others:,} (they count: what people see does not depend on a model)")
+    if others: notes.append(f"reviews that name another model: {others:,} (they count all the same)")
     return reviews
 
-# %% ../../nbs/09_check/08_estimate.ipynb #ec87f9c6
+# %% ../../nbs/09_check/08_estimate.ipynb #b3551122
 def settled(
     reviews:dict, # (bin, person) → count or None
     recorded:dict, # bin → recorded count, of bins in the check that have a record
@@ -69,10 +71,11 @@ def settled(
     votes, foreign = {}, sorted({bin for bin, _ in reviews if bin not in recorded})
     for (bin, _), count in reviews.items():
         if bin in recorded: votes.setdefault(bin, Counter())[None if count is None else count != recorded[bin]] += 1
-    if foreign and not votes: raise DataError("reviews: none of them is about a bin of this check that has a record", "pass the reviews of this check")
+    if foreign and not votes: raise DataError("reviews: none of them is about a bin of this check", "pass its own")
     disputed = sorted(bin for bin, said in votes.items() if said[True] and said[False])
     unjudged = sorted(bin for bin, said in votes.items() if not said[True] and not said[False])
-    for what, bins in (("not in the check, or without a record (left out)", foreign), ("skipped, or in need of another photo (not known)", unjudged),
+    for what, bins in (("not in the check, or without a record (left out)", foreign),
+                       ("skipped, or in need of another photo (not known)", unjudged),
                        ("reviews disagree (the majority counts; without one it is not known)", disputed)):
         if bins: notes.append(f"reviewed bins, {what}: {len(bins):,}; first: {bins[0]}")
     return {bin: -1 if said[True] == said[False] else int(said[True] > said[False]) for bin, said in votes.items()}
@@ -96,26 +99,29 @@ class Estimate:
         shares = (("wrong", self.wrong), ("low", self.low), ("high", self.high))
         return asdict(self) | {f"share_{name}": None if k is None else round(k / self.n, 6) for name, k in shares}
 
-# %% ../../nbs/09_check/08_estimate.ipynb #fb8bde2e
+# %% ../../nbs/09_check/08_estimate.ipynb #8f603648
 @patch
 def __repr__(self:Estimate):
-    right = f"{1 - self.high / self.n:.1%} to {1 - self.low / self.n:.1%} of {self.n:,} records are right ({self.confidence:.0%} interval)"
     best = "no random look yet" if self.wrong is None else f"most probably {1 - self.wrong / self.n:.1%}"
-    if self.width is None: return f"{right}, {best}"
-    asked = "as narrow as asked" if self.more is None else f"about {self.more:,} more random looks make it {100 * self.width:g} points wide"
-    return f"{right}, {best}; {asked}"
+    text = (f"{1 - self.high / self.n:.1%} to {1 - self.low / self.n:.1%} of {self.n:,} records are right "
+            f"({self.confidence:.0%} interval), {best}")
+    if self.width is None: return text
+    if self.more is None: return f"{text}; as narrow as asked"
+    return f"{text}; about {self.more:,} more random looks make it {100 * self.width:g} points wide"
 
 
 @patch
 def _repr_html_(self:Estimate):
     names = {"risk": "by value", "random": "at random", "other": "not in the queue"}
-    rows = "".join(f"<tr><td>{names[why]}</td><td>{n:,}</td><td>{self.found[why]:,}</td><td>{self.found[why] / n:.1%}</td></tr>"
-                   for why, n in self.looked.items() if n)
+    cells = [("looks", "bins", "wrong records", "share")] + [
+        (names[why], f"{n:,}", f"{self.found[why]:,}", f"{self.found[why] / n:.1%}")
+        for why, n in self.looked.items() if n]
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
     notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-    return (f"<p><b>{escape(repr(self))}</b></p><table><tr><th>looks</th><th>bins</th><th>wrong records</th><th>share</th></tr>{rows}</table>"
-            f"<p>Wrong records: {self.low:,} to {self.high:,}.</p>" + f"<ul>{notes}</ul>" * bool(notes))
+    return (f"<p><b>{escape(repr(self))}</b></p><table>{rows}</table>"
+            f"<p>Wrong records: {self.low:,} to {self.high:,}.</p><ul>{notes}</ul>")
 
-# %% ../../nbs/09_check/08_estimate.ipynb #1f7a6b1d
+# %% ../../nbs/09_check/08_estimate.ipynb #a0350203
 def _model(check):
     "The model that a check was made with, if it says so."
     try: return json.loads(read_file(check/"check.json")).get("model")
@@ -126,30 +132,31 @@ def _recorded(check, bins):
     "How many bins have a record, and the recorded counts of some bins."
     table = read_findings(check, ("id", "recorded"))
     table = table.filter(pc.is_valid(table["recorded"]))
-    if not len(table): raise DataError(f"{check}: no bin has a record", "make the findings again, from data with documents")
+    if not len(table): raise DataError(f"{check}: no bin has a record", "check data that has documents")
     some = table.filter(pc.is_in(table["id"], value_set=pa.array(list(bins), table["id"].type)))
     return len(table), dict(zip(some["id"].to_pylist(), some["recorded"].to_pylist()))
 
-# %% ../../nbs/09_check/08_estimate.ipynb #01aa0afd
+# %% ../../nbs/09_check/08_estimate.ipynb #8cf9839e
 def _passed_over(n, verdict, random, confidence):
     "A note on bins of the queue that nobody could judge, before one that somebody did."
     judged = np.flatnonzero(verdict >= 0)
     used = slice(0, judged[-1] + 1 if len(judged) else 0)
     if not (passed := int((verdict[used] < 0).sum())): return []
     _, low, high = bounds(n, verdict[verdict >= 0], random[verdict >= 0], confidence)
-    return [f"bins of the queue that were passed over: {passed:,}, {int((random[used] & (verdict[used] < 0)).sum()):,} of them random looks; the interval takes "
-            f"them as right at its lower end and as wrong at its upper; if they are like the others, {low:,} to {high:,} records are wrong"]
+    drawn = int((random[used] & (verdict[used] < 0)).sum())
+    return [f"bins of the queue that were passed over: {passed:,}, {drawn:,} of them random looks; they are taken "
+            f"as right at the lower end and as wrong at the upper; if they are like the others, {low:,} to {high:,}"]
 
-# %% ../../nbs/09_check/08_estimate.ipynb #fe10ed65
+# %% ../../nbs/09_check/08_estimate.ipynb #adbf5ada
 def estimate(
     check:str|os.PathLike, # the folder of a check: findings.parquet and queue.csv
     reviews:str|os.PathLike, # reviews.jsonl
-    width:float|None=None, # how narrow the interval should be, as a share of all records: 0.02 for two percentage points
+    width:float|None=None, # of the interval that is asked for, as a share of all records: 0.02 for two points
     confidence:float=.95, # of the interval, from 0 to 1
 )->Estimate:
-    "How many records are wrong, by what people saw. Raises `DataError` for files that do not fit, `UsageError` for a wrong width or confidence."
+    "How many records are wrong, by what people saw. Raises `DataError` for unusable files and `UsageError`."
     for name, value in (("confidence", confidence), ("width", .5 if width is None else width)):
-        if not 0 < value < 1: raise UsageError(f"{name}={value}: not between 0 and 1", "0.95 is a usual confidence, 0.02 a width of two points")
+        if not 0 < value < 1: raise UsageError(f"{name}={value}: not between 0 and 1", "0.02 means two points")
     check, notes = Path(check), []
     table, said = read_queue(check/"queue.csv"), read_reviews(reviews, notes, _model(check))
     n, recorded = _recorded(check, {bin for bin, _ in said})
@@ -157,7 +164,8 @@ def estimate(
     verdict = np.array([known.get(bin, -1) for bin in table["id"]], int)
     notes += _passed_over(n, verdict, (table["why"] == "random").to_numpy(bool), confidence)
     others = [known[bin] for bin in known.keys() - set(table["id"])]
-    verdict, why = np.append(verdict, others).astype(int), np.append(table["why"].to_numpy(object), ["other"] * len(others))
+    verdict = np.append(verdict, others).astype(int)
+    why = np.append(table["why"].to_numpy(object), ["other"] * len(others))
     wrong, low, high = bounds(n, verdict, why == "random", confidence)
     judged = {name: verdict[(why == name) & (verdict >= 0)] for name in ("risk", "random", "other")}
     more = None if width is None else more_looks(n, verdict, why == "random", width, confidence)

@@ -20,27 +20,34 @@ from fastcore.basics import patch
 from ..ground.core import DataError, UsageError, regular_file, rng
 from ..ground.tables import read_csv, whole, write_csv
 
-# %% ../../nbs/09_check/07_queue.ipynb #b7743096
+# %% ../../nbs/09_check/07_queue.ipynb #dfa56e06
 FOR_QUEUE = ("id", "image", "recorded", "likely", "low", "high", "p_wrong") # the columns of findings that a queue needs
+
+
+def _check_columns(found, needed, name, hint):
+    "Raise `DataError` if a table lacks a column."
+    missing = [c for c in needed if c not in found]
+    if missing: raise DataError(f"{name}: no column {', '.join(missing)}", hint)
 
 
 def read_findings(
     source:pd.DataFrame|str|os.PathLike, # findings, the path of findings.parquet, or the folder of a check
     columns:tuple=FOR_QUEUE, # the columns to read
 )->pa.Table:
-    "Some columns of findings, a row a bin. Raises `DataError` for a file that cannot be read, lacks a column or has a bin twice."
+    "Some columns of findings, a row a bin. Raises `DataError` for a file that cannot be read or is not that."
     hint, name = "make the findings again: binvision check", "findings"
-    if isinstance(source, pd.DataFrame): table = pa.Table.from_pandas(source[[c for c in columns if c in source]], preserve_index=False)
+    if isinstance(source, pd.DataFrame):
+        table = pa.Table.from_pandas(source[[c for c in columns if c in source]], preserve_index=False)
     else:
         name = Path(source)/"findings.parquet" if Path(source).is_dir() else Path(source)
         try:
             with pq.ParquetFile(regular_file(name)) as file: table = file.read(columns=list(columns))
-        except (OSError, pa.ArrowException) as e: raise DataError(f"{name}: cannot be read as a Parquet table ({e})", hint) from e
-    if missing := set(columns) - set(table.column_names): raise DataError(f"{name}: no column {', '.join(sorted(missing))}", hint)
+        except (OSError, pa.ArrowException) as e: raise DataError(f"{name}: not a Parquet table ({e})", hint) from e
+    _check_columns(table.column_names, columns, name, hint)
     if pc.count_distinct(table["id"]).as_py() < len(table): raise DataError(f"{name}: a bin stands there twice", hint)
     return table
 
-# %% ../../nbs/09_check/07_queue.ipynb #a3321564
+# %% ../../nbs/09_check/07_queue.ipynb #2fb5185d
 def read_values(
     source:pd.DataFrame|str|os.PathLike, # a table or a CSV file with the columns id or asin, and value
 )->pd.Series: # the known values, by what its name says: id or asin
@@ -49,32 +56,35 @@ def read_values(
     name = "value" if isinstance(source, pd.DataFrame) else source
     table = source if isinstance(source, pd.DataFrame) else read_csv(source, hint, ("id", "asin"))
     keys = [c for c in ("id", "asin") if c in table]
-    if len(keys) != 1 or "value" not in table: raise DataError(f"{name}: the columns are {', '.join(map(str, table))}", hint)
+    if len(keys) != 1 or "value" not in table:
+        raise DataError(f"{name}: the columns are {', '.join(map(str, table))}", hint)
     text = table["value"].astype("string").fillna("").str.strip()
-    number = pd.to_numeric(text.where(~text.str.lower().isin(["", "nan"])), errors="coerce").to_numpy(float, na_value=np.nan)
+    number = pd.to_numeric(text, errors="coerce").to_numpy(float, na_value=np.nan)
     empty, fine = text.str.lower().isin(["", "nan"]).to_numpy(bool), np.isfinite(number) & (number >= 0)
     values = pd.Series(number, table[keys[0]].astype(str).to_numpy(object), name=keys[0])
     if (bad := ~fine & ~empty).any():
         raise DataError(f"{name}: {keys[0]} {values.index[bad][0]}: the value is {text[bad].iloc[0]!r}", hint)
     values = values[fine].groupby(level=0).agg(["min", "max"])
-    if (twice := values["min"] < values["max"]).any(): raise DataError(f"{name}: {keys[0]} {values.index[twice][0]}: two values", hint)
+    if (twice := values["min"] < values["max"]).any():
+        raise DataError(f"{name}: {keys[0]} {values.index[twice][0]}: two values", hint)
     if not len(values): raise DataError(f"{name}: no values", hint)
     return values["min"].rename(keys[0])
 
-# %% ../../nbs/09_check/07_queue.ipynb #6a592541
+# %% ../../nbs/09_check/07_queue.ipynb #619f7ac0
 def _price_times_units(prices, items, notes):
     "The value of the items in each record, by id."
-    if items is None: raise UsageError("the values are keyed by asin: the items of the records are needed", "pass items, or give the value of each id")
-    price = items["asin"].map(prices)
-    if price.isna().all(): raise DataError("value: no item has one of these asins", "check that the file belongs to this data set")
-    if (n := items["asin"][price.isna()].nunique()): notes.append(f"items without a price: {n:,} (the median, {prices.median():g}, is taken)")
-    return (price.fillna(prices.median()) * items["quantity"].astype(float)).groupby(items["id"]).sum()
+    if items is None: raise UsageError("value: prices of items need the records", "pass items, or a value for each id")
+    price, median = items["asin"].map(prices), prices.median()
+    if price.isna().all(): raise DataError("value: no item has one of these asins", "pass the values of this data set")
+    n = items["asin"][price.isna()].nunique()
+    if n: notes.append(f"items without a price: {n:,} (taken as {median:g}, the median)")
+    return (price.fillna(median) * items["quantity"].astype(float)).groupby(items["id"]).sum()
 
-# %% ../../nbs/09_check/07_queue.ipynb #267accb3
+# %% ../../nbs/09_check/07_queue.ipynb #544c1c87
 def bin_costs(
     ids:list, # (n,), of the bins
     recorded:np.ndarray, # (n,), counts
-    cost:str|os.PathLike|pd.DataFrame|None=None, # None: 1 each; "units": the recorded count; else a table or a file, see read_values
+    cost:str|os.PathLike|pd.DataFrame|None=None, # None: 1 each; "units": recorded counts; else see read_values
     items:pd.DataFrame|None=None, # id, asin, quantity; needed for values by asin
 )->tuple[np.ndarray,list]: # (n,) what an error costs, and notes on what was assumed
     "What an error in each record costs. Raises `DataError` or `UsageError` for values that do not fit."
@@ -83,10 +93,11 @@ def bin_costs(
     values, notes = read_values(cost), []
     if values.name == "asin": values = _price_times_units(values, items, notes)
     found = values.reindex(ids)
-    if not found.notna().any(): raise DataError("value: no bin of the check has one of these ids", "check that the file belongs to this data set")
-    if (n := len(values) - found.notna().sum()): notes.append(f"values of bins that are not in the check: {n:,} (left out)")
-    if (n := found.isna().sum()): notes.append(f"bins without a value: {n:,} (the median, {found.median():g}, is taken)")
-    return found.fillna(found.median()).to_numpy(float), notes
+    known, median = int(found.notna().sum()), found.median()
+    if not known: raise DataError("value: no bin of the check has one of these ids", "pass the values of this data set")
+    if n := len(values) - known: notes.append(f"values of bins that are not in the check: {n:,} (left out)")
+    if n := len(ids) - known: notes.append(f"bins without a value: {n:,} (taken as {median:g}, the median)")
+    return found.fillna(median).to_numpy(float), notes
 
 # %% ../../nbs/09_check/07_queue.ipynb #bfb7f507
 def turns(
@@ -111,11 +122,11 @@ def _listed(by_value, at_random, is_random, taken):
         taken[k], places[place] = True, k
     return places
 
-# %% ../../nbs/09_check/07_queue.ipynb #ce158cb5
+# %% ../../nbs/09_check/07_queue.ipynb #63b7e8c3
 @dataclass(repr=False)
 class Queue:
     "Bins in the order in which a person should look at them."
-    table:pd.DataFrame # place (from 1), id, image, recorded, likely, low, high, p_wrong, cost, value (p_wrong × cost), why (risk or random)
+    table:pd.DataFrame # place (from 1), FOR_QUEUE, cost, value (p_wrong × cost), why (risk or random)
     n:int # bins that have a record
     seed:int # of the random looks
     notes:list=field(default_factory=list) # what was assumed or left out
@@ -127,26 +138,27 @@ class Queue:
 
     def _repr_html_(self):
         notes = "".join(f"<p>{note}</p>" for note in self.notes)
-        return f"<p>{self!r}</p>{self.table.head(10).to_html(index=False, float_format='{:.3g}'.format, na_rep='')}{notes}"
+        rows = self.table.head(10).to_html(index=False, float_format="{:.3g}".format, na_rep="")
+        return f"<p>{self!r}</p>{rows}{notes}"
 
-# %% ../../nbs/09_check/07_queue.ipynb #71b7493c
+# %% ../../nbs/09_check/07_queue.ipynb #6122f47d
 def _filled(places, why, table, cost, value):
     "The rows of a queue."
     rows = table.take(pa.array(places)).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-    rows = rows.assign(p_wrong=rows["p_wrong"].round(4), cost=cost[places].round(4), value=value[places].round(6), why=why)
+    rows = rows.assign(p_wrong=rows["p_wrong"].round(4), cost=cost[places].round(4), value=value[places].round(6))
     rows.insert(0, "place", np.arange(1, len(rows) + 1))
-    return rows
+    return rows.assign(why=why)
 
 
 def _with_record(table, notes):
     "The findings that have a record, and the probability that it is wrong, 0 where it is not known."
     known = table.filter(pc.is_valid(table["recorded"]))
-    if (n := len(table) - len(known)): notes.append(f"bins without a record: {n:,} (left out: neither right nor wrong)")
+    if (n := len(table) - len(known)): notes.append(f"bins without a record: {n:,} (left out)")
     p = known["p_wrong"].cast(pa.float64()).to_numpy()
-    if (n := int(np.isnan(p).sum())): notes.append(f"bins without a p_wrong: {n:,} (only a random look can find them)")
+    if (n := int(np.isnan(p).sum())): notes.append(f"bins without a p_wrong: {n:,} (taken as 0)")
     return known, np.nan_to_num(p)
 
-# %% ../../nbs/09_check/07_queue.ipynb #2724de15
+# %% ../../nbs/09_check/07_queue.ipynb #2c8a6845
 @patch
 def save(self:Queue,
     path:str|os.PathLike, # the CSV file to write, such as check/queue.csv
@@ -161,7 +173,7 @@ def read_queue(
     "A queue, checked. Raises `DataError` for one that cannot be read, or from which rows were removed."
     hint, name = "make the queue again: binvision check", "queue" if isinstance(source, pd.DataFrame) else source
     table = source if isinstance(source, pd.DataFrame) else read_csv(source, hint, ("place", "id"))
-    if missing := {"place", "id", "recorded", "why"} - set(table): raise DataError(f"{name}: no column {', '.join(sorted(missing))}", hint)
+    _check_columns(table, ("place", "id", "recorded", "why"), name, hint)
     place, recorded = ([whole(value) for value in table[c]] for c in ("place", "recorded"))
     if None in place + recorded or not table["why"].isin(["risk", "random"]).all():
         raise DataError(f"{name}: a place, a recorded count or a reason that is none", hint)
@@ -170,16 +182,16 @@ def read_queue(
         raise DataError(f"{name}: rows were removed, or a bin stands there twice", hint)
     return table
 
-# %% ../../nbs/09_check/07_queue.ipynb #5eaeb77a
+# %% ../../nbs/09_check/07_queue.ipynb #8b14c74f
 def _earlier(after, ids):
     "The positions of the bins of an earlier queue, and why they were listed."
     if after is None: return np.empty(0, int), []
     table = read_queue(after)
     found = pc.index_in(pa.array(table["id"].astype(str).tolist(), ids.type), value_set=ids)
-    if found.null_count: raise UsageError("after: bins of the earlier queue are not in these findings", "pass a queue of the same check")
+    if found.null_count: raise UsageError("after: the findings lack some of its bins", "pass a queue of this check")
     return found.to_numpy(), table["why"].tolist()
 
-# %% ../../nbs/09_check/07_queue.ipynb #62b68944
+# %% ../../nbs/09_check/07_queue.ipynb #f1e75244
 def queue(
     findings:pd.DataFrame|str|os.PathLike, # findings, the path of findings.parquet, or the folder of a check
     budget:int=200, # looks
@@ -189,10 +201,10 @@ def queue(
     seed:int=0, # another seed, other random looks
     after:pd.DataFrame|str|os.PathLike|None=None, # an earlier queue, which keeps its places; the budget comes on top
 )->Queue:
-    "The bins to look at, first things first. Raises `UsageError` for an impossible budget, `DataError` for unusable findings or values."
+    "The bins to look at, in order. Raises `UsageError` for an impossible budget, `DataError` for unusable data."
     random = budget // 4 if random is None else random
     if budget < 1 or not 0 <= random <= budget:
-        raise UsageError(f"budget={budget}, random={random}: not possible", "ask for at least 1 look, and for no more random looks than that")
+        raise UsageError(f"budget={budget}, random={random}: not possible", "ask for 1 look or more")
     notes = [] if random else ["no look is random: nothing can be said of all records"]
     table, p = _with_record(read_findings(findings), notes)
     cost, more = bin_costs(table["id"].to_pylist(), table["recorded"].to_numpy(), cost, items)
