@@ -107,7 +107,7 @@ class Average(nn.Module):
     def forward(self, x):
         return torch.stack([m(x).softmax(-1) for m in self.members]).mean(0).clamp(min=1e-12).log() / self.temperature
 
-# %% ../../nbs/06_train/04_networks.ipynb #b3c8e565
+# %% ../../nbs/06_train/04_networks.ipynb #00a0bf02
 def load_torch(
     folder:str|os.PathLike, # a model folder
 )->nn.Module: # body and head, or an Average of such networks, in evaluation mode
@@ -115,10 +115,13 @@ def load_torch(
     card = read_card(folder)
     members = [bare_network(arch, len(card["counts"])) for arch in card.get("members", [card["arch"]])]
     model = Average(members) if "members" in card else members[0]
-    try: model.load_state_dict(load_file(check_file(folder, card, "model.safetensors")))
-    except (RuntimeError, SafetensorError) as e:
+    try:
+        tensors = load_file(check_file(folder, card, "model.safetensors"))
+        if not all(tensor.isfinite().all() for tensor in tensors.values()): raise ValueError("some are not finite")
+        model.load_state_dict(tensors)
+    except (RuntimeError, ValueError, SafetensorError) as e:
         raise ModelError(f"{folder}: its weights do not fit {card['arch']} ({str(e).splitlines()[0][:120]})",
-                         "take the whole model folder from its source again") from e
+                         "copy the whole model folder again from where it was made") from e
     return model.eval()
 
 # %% ../../nbs/06_train/04_networks.ipynb #ed089190
