@@ -42,7 +42,7 @@ class _Training(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     manifest:str|None = None # the file that the training read
 
-# %% ../../nbs/05_model/01_folder.ipynb #6ebc4bd6
+# %% ../../nbs/05_model/01_folder.ipynb #e35be331
 FORMAT = 1 # of card.json; raised when an older library could misread a newer folder
 
 
@@ -57,7 +57,7 @@ class Card(BaseModel):
     mean:_Mean # of red, green and blue in 0…1
     std:_Std # the same
     files:Annotated[dict[_File, _Sha256], Field(max_length=100)] # name → SHA-256
-    members:Annotated[list[_Arch], Field(min_length=1)] = [] # architectures of an ensemble's networks
+    members:Annotated[list[_Arch], Field(min_length=1, max_length=100)] = [] # architectures of an ensemble's networks
     training:_Training|None = None # its settings
     manifest_sha256:_Sha256|None = None # of the split that it was trained on
 
