@@ -330,6 +330,14 @@ def test_the_report_on_a_data_set_with_odd_names(odd, tmp_path):
     assert set(read_predictions(tmp_path / "report")["groups"]) == set(ODD_NAMES)
 
 
+def test_a_report_beside_a_history_that_is_none(tmp_path, odd, quick):
+    (tmp_path / "run" / "model").parent.mkdir()
+    (tmp_path / "run" / "model").symlink_to(SMALL)
+    write_manifest(manifest_of(ODD_NAMES).assign(part="test"), tmp_path / "m.csv")
+    (tmp_path / "run" / "history.csv").symlink_to("/dev/zero")
+    evaluate(tmp_path / "run" / "model", odd, tmp_path / "m.csv", out=tmp_path / "report", n_boot=10, cams=0)
+
+
 @pytest.mark.parametrize("name", ["<img src=x onerror=alert(1)>.jpg", "'\"><b>.jpg", "bill\u202egpj.exe"])
 def test_a_prediction_in_a_notebook(name):
     for shown in (Prediction(name, 2, {1: .25, 2: .75}), Prediction(name, error=f"{name}: is empty")):
@@ -415,21 +423,25 @@ table_cells = st.sampled_from(["523", "00523", "1", "2", "3.0", "3,0", "-1", "=1
 headers = st.lists(st.sampled_from(["id", "count", "group", "part", "source", "path", "id ", "", "width", "labels_width", "phash"]) | st.text(max_size=3), min_size=1, max_size=6)
 
 
+seldom = st.sampled_from([False] * 9 + [True])
+
+
 @st.composite
 def csv_files(draw):
-    "The bytes of something like a CSV file."
+    "The bytes of something like a CSV file; a good part of them are good."
     buffer = io.StringIO()
     quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
     writer = csv.writer(buffer, delimiter=draw(st.sampled_from(",,,;;\t|")), lineterminator=draw(st.sampled_from(["\n", "\r\n", "\r"])), quoting=quoting)
-    header = draw(st.sampled_from([["id", "count", "group", "part"], ["id", "count"], ["id", "count", "source"]]) | headers)
-    ids = st.integers(1, 9).map("{:05d}".format) | table_cells
-    proper = {"id": ids, "group": ids, "count": st.sampled_from(["1", "2", "2.0", "x"]), "part": st.sampled_from(["train", "valid", "test"])}
+    header = draw(headers) if draw(seldom) else draw(st.sampled_from([["id", "count", "group", "part"]] * 3 + [["id", "count"], ["id", "count", "source"]]))
+    ids = st.integers(1, 9999).map("{:05d}".format) | st.sampled_from(ODD_NAMES)
+    proper = {"id": ids, "group": ids, "count": st.sampled_from(["1", "2", "2.0"]), "part": st.sampled_from(["train", "valid", "test"])}
     writer.writerow(header)
     for _ in range(draw(st.integers(0, 5))):
-        writer.writerow([draw(proper.get(name, table_cells) if draw(st.integers(0, 5)) else table_cells) for name in header][:draw(st.integers(1, 9))])
-    text = draw(st.sampled_from(["", "", "\ufeff", "\n", "sep=;\n"])) + buffer.getvalue()
-    if not draw(st.integers(0, 3)): text = text[:draw(st.integers(0, len(text)))]
-    return text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "latin-1"])), "replace")
+        row = [draw(table_cells if draw(seldom) else proper.get(name, table_cells)) for name in header]
+        writer.writerow(row + ["more"] if draw(seldom) else row[:-1] if draw(seldom) else row)
+    text = draw(st.sampled_from(["", "", "", "\ufeff", "\n", "sep=;\n"])) + buffer.getvalue()
+    if draw(seldom): text = text[:draw(st.integers(0, len(text)))]
+    return text.encode("latin-1" if draw(seldom) else draw(st.sampled_from(["utf-8", "utf-8", "utf-16"])), "replace")
 
 
 @corpus
@@ -538,6 +550,24 @@ def test_any_table_is_read_back(rows):
         try: found = read_list(Path(home) / "t.csv")
         except DataError: assert (table["id"] == "").any()
         else: assert found["id"].tolist() == list(dict.fromkeys(table["id"][(table != "").any(axis=1)]))
+
+
+seen = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=8) | st.sampled_from(ODD_NAMES + IDS)
+
+
+@corpus
+@given(st.lists(st.tuples(seen, st.integers(0, 999_999), st.sampled_from(["train", "valid", "test"])), min_size=1, max_size=6, unique_by=lambda row: row[0]))
+def test_any_good_manifest_is_read_back_also_from_a_spreadsheet(rows):
+    manifest = pd.DataFrame(rows, columns=["id", "count", "part"]).assign(group=lambda t: t["id"])
+    with tempfile.TemporaryDirectory() as home:
+        write_manifest(manifest, Path(home) / "m.csv")
+        assert_safe_csv(Path(home) / "m.csv")
+        again = read_manifest(Path(home) / "m.csv")
+        assert set(zip(again["id"], again["count"], again["part"])) == set(rows)
+        buffer = io.StringIO()
+        with open(Path(home) / "m.csv", encoding="utf-8", newline="") as file: csv.writer(buffer, delimiter=";", lineterminator="\r\n").writerows(csv.reader(file))
+        (Path(home) / "saved.csv").write_bytes(buffer.getvalue().encode("utf-8-sig"))
+        pd.testing.assert_frame_equal(read_manifest(Path(home) / "saved.csv"), again)
 
 
 @pytest.fixture(scope="module")

@@ -140,14 +140,15 @@ def _grad_cams(model, good, n):
     try: return plot_grad_cam(model, list(some.path), [f"{row.id}: {row.count} in it" for row in some.itertuples()])
     except ModelError as e: return f"No Grad-CAM: {e.problem}."
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #d0095b05
+# %% ../../nbs/07_evaluate/06_report.ipynb #f0b6ba45
 def _learning_curves(model):
     "The learning curves of the run that the model is from; None where its history is not at hand."
     history = model.folder.parent/"history.csv"
-    if not history.exists(): return None
+    if not history.is_file(): return None
     from binvision.train.learner import plot_history  # torch is slow to load, and only this needs it
 
-    return plot_history(history)
+    try: return plot_history(history)
+    except (LookupError, ValueError, TypeError, AttributeError): return "No learning curves: history.csv is damaged."
 
 
 def _flat(tree, name=""):
