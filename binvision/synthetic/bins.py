@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COURSE', 'SyntheticBin', 'synthetic_bin', 'Plan', 'plan_bins']
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #1a804932
+# %% ../../nbs/01_synthetic/07_bins.ipynb #ca344b07
 import io
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from ..ground.core import rng
+from ..ground.core import UsageError, rng
 from .photo import take_photo
 from .products import bin_document, bin_products
 from .scene import make_scene
@@ -118,16 +118,19 @@ def _draw_path(kinds, g):
     path = paths[int(np.searchsorted(edges, g.random()))]
     return path[::-1] if g.random() < .3 else path
 
-# %% ../../nbs/01_synthetic/07_bins.ipynb #f35d502c
+# %% ../../nbs/01_synthetic/07_bins.ipynb #7d8dbbdc
 def plan_bins(
     n:int, # how many bins
     seed:int=0, # the data set's seed
     counts=range(1, 6), # the counts that occur
     shares:dict|None=None, # how often each count occurs; by default as in the course subset
 )->list[Plan]: # n of them
-    "Ids, counts and before/after runs of a data set. A longer plan begins with the shorter one."
+    "Ids, counts and before/after runs of a data set; a longer one begins with the shorter. Raises `UsageError` for impossible shares."
     shares = shares or COURSE
-    kinds = _run_kinds({int(c): shares.get(c, min(shares.values())) for c in counts})
+    wanted = {int(c): shares.get(c, min(shares.values())) for c in counts}
+    if not (wanted and all(share >= 0 for share in wanted.values()) and 0 < sum(wanted.values()) < np.inf):
+        raise UsageError(f"shares {wanted}: nothing can be drawn by them", "pass a count, and shares from 0 of which one is above")
+    kinds = _run_kinds(wanted)
     plans, number, recent, run = [], 1, [], 0
     while len(plans) < n:
         g = rng(seed, "run", run)

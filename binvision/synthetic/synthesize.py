@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['synthesize']
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #e5e854af
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #9a4098e6
 import json
 import multiprocessing
 import os
@@ -16,12 +16,17 @@ import types
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from tqdm import tqdm
 
 from ..ground.core import UsageError, atomic_write, locked, remove
 from ..ground.machine import cores
+from ..ground.outputs import output_folder
+from ..ground.settings import Seed, Side, Workers, with_rules
 from .bins import plan_bins, synthetic_bin
+from .scene import MOST
 
 # %% ../../nbs/01_synthetic/08_synthesize.ipynb #d1500354
 def _write_bins(out, seed, plans, max_side):
@@ -87,23 +92,25 @@ def _in_processes(tasks, workers):
         for job in as_completed(jobs): yield job.result()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/01_synthetic/08_synthesize.ipynb #56eef7e8
+# %% ../../nbs/01_synthetic/08_synthesize.ipynb #c14e377b
+@with_rules
 def synthesize(
     out:str|os.PathLike, # the data set folder to make
-    n:int=2000, # how many bins
-    seed:int=0, # the same seed gives the same bytes
-    counts=range(1, 6), # the counts that occur
+    n:Annotated[int, Field(ge=1, le=1_000_000)]=2000, # how many bins
+    seed:Seed=0, # the same seed gives the same bytes
+    counts=range(1, 6), # the counts that occur, 0 to 20
     shares:dict|None=None, # how often each count occurs; by default as in the course subset
-    max_side:int|None=None, # pixels of the longer side, at most; by default as large as the real ones
-    workers:int|None=None, # processes; by default one a core
+    max_side:Side|None=None, # pixels of the longer side, at most; by default as large as the real ones
+    workers:Annotated[Workers, Field(ge=1)]|None=None, # processes; by default one a core
 )->Path: # out
     """Write a data set folder of synthetic bins, or finish one that was interrupted.
 
     Raises `UsageError` if there is nothing to draw or the folder holds anything else, and `DataError` if it cannot be
     written."""
-    out, counts = Path(out), sorted({int(c) for c in counts})
-    if n < 1 or not counts or counts[0] < 0:
-        raise UsageError(f"n={n}, counts={counts}: nothing to draw", "pass n ≥ 1 and counts ≥ 0")
+    out, counts = output_folder(out), sorted({int(c) for c in counts})
+    if not counts or counts[0] < 0 or counts[-1] > MOST:
+        shown = f"{counts[0]} to {counts[-1]}" if counts else "none"
+        raise UsageError(f"counts, {shown}: cannot be drawn", f"pass counts from 0 to {MOST}")
     plans = plan_bins(n, seed, counts, shares)
     _claim(out, {"n": n, "seed": seed, "counts": counts,
                  "shares": shares and [[int(c), s] for c, s in shares.items()], "max_side": max_side})
