@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Catalogue', 'read_catalogue', 'catalogue', 'as_catalogue']
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #6bdc12ff
+# %% ../../nbs/02_data/03_catalogue.ipynb #5dc8183a
 import contextlib
 import csv
 import os
@@ -25,6 +25,7 @@ from .lists import check_ids, read_labels
 from ..ground.core import DataError, ImageError, atomic_write, read_file
 from ..ground.folders import temporary_folder
 from ..ground.machine import cores
+from ..ground.outputs import output_folder
 from ..ground.tables import read_csv, read_parquet, to_cell
 
 # %% ../../nbs/02_data/03_catalogue.ipynb #356eac9b
@@ -206,13 +207,14 @@ def _write(listing, out, images, chunk=5000):
             problems.writerows(_safe(some_problems))
             bar.update(len(ids))
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #02ff879f
+# %% ../../nbs/02_data/03_catalogue.ipynb #7d72b946
 def catalogue(
     data:str|os.PathLike, # a data set folder
     out:str|os.PathLike|None=None, # folder for bins.parquet, items.parquet, problems.csv; None keeps no files
     images:bool=True, # open the images too, for sizes, brightness and fingerprints; False leaves those columns empty
 )->Catalogue: # the three tables
-    "Read a data set folder into tables. Raises `DataError` for a folder without bins; other faults become problems."
+    "Read a data set folder into tables. Raises `DataError` for a folder without bins, `UsageError` for an unsuitable `out`."
+    if out: output_folder(out, data)
     listing = _Listing(data)
     listing.check()
     with temporary_folder() as spare:

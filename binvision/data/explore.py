@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['suspicious', 'summary', 'explore']
 
-# %% ../../nbs/02_data/08_explore.ipynb #029bc913
+# %% ../../nbs/02_data/08_explore.ipynb #11f20baa
 import os
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from .plots import (plot_brightness, plot_counts, plot_dimensions, plot_quantiti
                                   plot_weights)
 from .related import before_after, near_duplicates
 from ..ground.core import atomic_write, rng
+from ..ground.outputs import output_folder
+from ..ground.settings import Seed, with_rules
 from ..ground.show import figure, html_page
 from ..ground.tables import write_csv
 
@@ -122,15 +124,16 @@ def _tables(cat):
     return {"suspicious": suspicious(cat), "before_after": before_after(cat),
             "near_duplicates": near_duplicates(cat.bins)}
 
-# %% ../../nbs/02_data/08_explore.ipynb #6ba13c45
+# %% ../../nbs/02_data/08_explore.ipynb #7dd44838
+@with_rules
 def explore(
     data:str|os.PathLike, # a data set folder
     out:str|os.PathLike, # folder for index.html and suspicious.csv, before_after.csv, near_duplicates.csv, problems.csv
     catalogue:Catalogue|str|os.PathLike|None=None, # its catalogue, or the catalogue's folder; None reads the data again
-    seed:int=0, # which bins are shown
+    seed:Seed=0, # which bins are shown
 )->Path: # the page, index.html in out
-    "Write a self-contained page of tables and pictures about a data set. Raises `DataError` for a folder without bins."
-    cat, out = _catalogue_of(data, catalogue), Path(out)
+    "Write a self-contained page about a data set. Raises `DataError` for a folder without bins, `UsageError` for an unsuitable `out`."
+    out, cat = output_folder(out, data), _catalogue_of(data, catalogue)
     tables = _tables(cat)
     lead = f"{len(cat.bins):,} bins, {cat.bins['image'].notna().sum():,} images, {len(cat.items):,} items in them."
     page = html_page(f"Bins of {Path(data).resolve().name}", _sections(data, cat, tables, seed), lead)
