@@ -6,7 +6,7 @@
 __all__ = ['quiet', 'hide_password', 'open_storage', 'release_stale', 'released', 'count_trials', 'trials_table', 'sign',
            'completed', 'best_trial', 'load_study']
 
-# %% ../../nbs/08_search/03_study.ipynb #02c6e980
+# %% ../../nbs/08_search/03_study.ipynb #ac11f90a
 import contextlib
 import json
 import os
@@ -22,7 +22,7 @@ from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTr
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from ..ground.core import UsageError
+from ..ground.core import DataError, UsageError, read_file
 
 # %% ../../nbs/08_search/03_study.ipynb #6f2fa582
 @contextlib.contextmanager
@@ -173,17 +173,18 @@ def best_trial(
     "The best completed trial; of equal ones that with the lower validation loss. Raises `UsageError` if there is none."
     return max(completed(study), key=lambda t: (sign(study) * t.value, -t.user_attrs["kept"]["valid_loss"], -t.number))
 
-# %% ../../nbs/08_search/03_study.ipynb #599e29eb
+# %% ../../nbs/08_search/03_study.ipynb #6a4facca
 def load_study(
     folder:str|os.PathLike, # the run folder of a search
     storage:str|None=None, # URL of the database, if search was given one
 )->optuna.Study:
     "The Optuna study of a search. Raises `UsageError` if the folder holds none, or if its database cannot be used."
-    try: config = json.loads((Path(folder)/"config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    try:
+        config = json.loads(read_file(Path(folder)/"config.json", 10**6))
+        where, name = config.get("storage"), config["study"]
+    except (DataError, ValueError, RecursionError, LookupError, AttributeError) as e:
         raise UsageError(f"{folder}: holds no search", "pass the folder that binvision search wrote") from e
     if storage is None and not (Path(folder)/"study.db").exists():
-        where = config.get("storage")
         raise UsageError(f"{folder}: its study is in {where}", "pass that as storage, with its password")
     url = storage or f"sqlite:///{Path(folder)}/study.db"
-    with quiet(): return optuna.load_study(study_name=config["study"], storage=open_storage(url))
+    with quiet(): return optuna.load_study(study_name=name, storage=open_storage(url))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/06_train/11_train.ipynb #6ca23788
+# %% ../../nbs/06_train/11_train.ipynb #9cc297c1
 import json
 import os
 import shutil
@@ -18,7 +18,7 @@ import torch
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 
-from ..ground.core import UsageError, atomic_write, set_seed, sha256
+from ..ground.core import DataError, UsageError, atomic_write, read_file, set_seed, sha256
 from ..ground.machine import versions
 from ..ground.outputs import output_folder
 from ..ground.settings import checked, takes
@@ -102,7 +102,7 @@ def check_files(self:_Run):
         foreign = ", ".join(sorted(found - _FILES or found)[:3])
         raise UsageError(f"{self.out}: is not empty and holds no run, but {foreign}", "choose another out")
 
-# %% ../../nbs/06_train/11_train.ipynb #8ba59ec9
+# %% ../../nbs/06_train/11_train.ipynb #0639bc05
 @patch
 def found(self:_Run, overwrite, resume):
     "None (begin), the configuration of the run to resume, or \"finished\"."
@@ -114,7 +114,9 @@ def found(self:_Run, overwrite, resume):
         hint = "choose another out, or pass overwrite=True (--overwrite)"
         if not finished: hint += ", or resume it with resume=True (--resume)"
         raise UsageError(f"{self.out}: holds {'a finished' if finished else 'an unfinished'} run", hint)
-    old = json.loads((self.out/"config.json").read_text(encoding="utf-8"))
+    try: old = dict(json.loads(read_file(self.out/"config.json", 10**6)))
+    except (DataError, ValueError, TypeError, RecursionError) as e:
+        raise UsageError(f"{self.out}: its config.json is damaged", "choose another out, or pass overwrite=True (--overwrite)") from e
     self.check_changes(old)
     return "finished" if finished else old
 
