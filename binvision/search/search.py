@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #23a70b7b
+# %% ../../nbs/08_search/07_search.ipynb #423a9c0d
 import contextlib
 import io
 import json
@@ -24,6 +24,7 @@ from ..ground.folders import temporary_folder
 from ..ground.machine import PACKAGES, versions
 from ..ground.outputs import output_folder
 from ..ground.settings import checked, takes
+from ..ground.tables import write_csv
 from ..split.manifest import manifest_images
 from ..train.learner import suggest_lr
 from ..train.networks import build_model
@@ -148,12 +149,12 @@ def _run(study, job):
         ended = count_trials(study)[0]
         raise KeyboardInterrupt(f"{ended} of {n} trials are kept in {job.out}; the same command resumes it") from None
 
-# %% ../../nbs/08_search/07_search.ipynb #5b771cc1
+# %% ../../nbs/08_search/07_search.ipynb #214bdf7b
 def _write_table(study, job):
     "Write trials.csv. Raises `UsageError` if no trial was completed."
     path = Path(job.out)/"trials.csv"
     with quiet(): table = trials_table(study)
-    with atomic_write(path, "w") as file: table.to_csv(file, index=False, lineterminator="\n")
+    write_csv(table, path)
     failed = table[table.state == "failed"]
     if not (table.state == "complete").any():
         reason = f"; the first that failed says: {failed.reason.iloc[0]}" if len(failed) else ""
