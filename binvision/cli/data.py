@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/02_data.ipynb #a2dd4404
+# %% ../../nbs/13_cli/02_data.ipynb #15b31778
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +13,18 @@ from pydantic import Field
 
 from .app import fail, name_failures, say
 from .options import command, read_counts
+from ..ground.core import UsageError
+from ..ground.settings import Seed, Share, Side, Workers
 
-# %% ../../nbs/13_cli/02_data.ipynb #8ebd9cd0
+# %% ../../nbs/13_cli/02_data.ipynb #57911cf8
 @command
 def _synthesize(
     out:Path, # folder to write
-    n:Annotated[int, Field(ge=1)]=2000, # how many bins
-    seed:int=0, # seed of all randomness: the same seed gives the same bins
-    counts:str="1-5", # counts that occur, such as 1-5 or 0-5
-    max_side:Annotated[int, Field(ge=32)]|None=None, # pixels of the longer side, at most; None for as large as the real ones
-    workers:Annotated[int, Field(ge=1)]|None=None, # processes; None for one a core
+    n:Annotated[int, Field(ge=1, le=1_000_000)]=2000, # how many bins
+    seed:Seed=0, # seed of all randomness: the same seed gives the same bins
+    counts:str="1-5", # counts that occur, such as 1-5 or 0-5, up to 20
+    max_side:Side|None=None, # pixels of the longer side, at most; None for as large as the real ones
+    workers:Annotated[Workers, Field(ge=1)]|None=None, # processes; None for one a core
 ):
     "Make a data set folder of synthetic bins. Counts are exact; an interrupted run is finished."
     from binvision.synthetic.synthesize import synthesize
@@ -45,13 +47,13 @@ def _catalogue(
     say(f"{found} in {out}")
     name_failures((p.file or p.id, p.reason) for p in found.problems.itertuples())
 
-# %% ../../nbs/13_cli/02_data.ipynb #30a88e96
+# %% ../../nbs/13_cli/02_data.ipynb #2bcae616
 @command
 def _explore(
     data:Path, # data set folder
     out:Path=Path("explore"), # folder for index.html and its tables
     catalogue:Path|None=None, # folder that binvision catalogue wrote; None for reading DATA again
-    seed:int=0, # decides which bins are shown
+    seed:Seed=0, # decides which bins are shown
 ):
     "Look at a data set: tables and pictures on one page. The HTML file is self-contained."
     from binvision.data.explore import explore
@@ -76,14 +78,14 @@ def _show_split(out, manifest, leaks, sha):
     say(sizes.astype(int).assign(all=lambda t: t.sum(axis=1)).to_string())
     say(f"\nBins with a relative in another part, here and in a random split:\n{leaks.T.to_string()}")
 
-# %% ../../nbs/13_cli/02_data.ipynb #595e7b34
+# %% ../../nbs/13_cli/02_data.ipynb #13062974
 @command
 def _split(
     data:Path, # data set folder
     counts:str="1-5", # counts to use, such as 1-5 or 1,2,3; bins with another are left out
-    valid:float=0.15, # share of the bins for validation, 0 to 1
-    test:float=0.15, # share of the bins for the test, 0 to 1
-    seed:int=0, # seed of all randomness: the same seed gives the same split
+    valid:Share=0.15, # share of the bins for validation, 0 to 1
+    test:Share=0.15, # share of the bins for the test, 0 to 1
+    seed:Seed=0, # seed of all randomness: the same seed gives the same split
     eval_where:str|None=None, # COLUMN=VALUE of labels.csv: only such bins go to valid and test
     ids:Path|None=None, # use only these bins: a .txt file with an id a line, a table with a column id, such as a manifest, or a file_list.json
     by:str|None=None, # column of labels.csv whose values are spread evenly too, such as source
@@ -94,26 +96,27 @@ def _split(
 ):
     "Divide the bins into train, valid and test. Photos of one bin stay together; the manifest fixes the split."
     from binvision.split.leaks import leak_report
-    from binvision.split.manifest import given_split, write_manifest
-    from binvision.split.split import extend as add_bins, split
+    from binvision.split.manifest import given_split, manifest_file, read_manifest, write_manifest
+    from binvision.split.split import extend as add_bins, part_shares, split
 
     if extend and (given or eval_where or by):
-        from binvision.ground.core import UsageError
         raise UsageError("--extend keeps the parts of its manifest: --given, --eval-where and --by do not go with it", "leave them out")
+    out, wanted, _ = manifest_file(out, data), read_counts(counts), part_shares(valid, test)
+    before = given_split(given) if given else read_manifest(extend) if extend else None
     cat = _tables(data, catalogue)
-    if given: manifest = given_split(given)
-    elif extend: manifest = add_bins(extend, cat, read_counts(counts), ids)
-    else: manifest = split(cat, read_counts(counts), valid, test, seed, eval_where, ids, by)
+    if given: manifest = before
+    elif extend: manifest = add_bins(before, cat, wanted, ids)
+    else: manifest = split(cat, wanted, valid, test, seed, eval_where, ids, by)
     leaks = leak_report(manifest, cat)
     _show_split(out, manifest, leaks, write_manifest(manifest, out))
 
-# %% ../../nbs/13_cli/02_data.ipynb #9e7b3d99
+# %% ../../nbs/13_cli/02_data.ipynb #d344d634
 @command
 def _folds(
     manifest:Path, # manifest that binvision split wrote
-    k:Annotated[int, Field(ge=2)]=5, # how many folds
-    valid:float=0.15, # share of a fold's bins to choose the best epoch on, up to 0.5
-    seed:int=0, # seed of all randomness: the same seed gives the same folds
+    k:Annotated[int, Field(ge=2, le=100)]=5, # how many folds
+    valid:Annotated[float, Field(ge=0.01, le=0.5)]=0.15, # share of a fold's bins to choose the best epoch on
+    seed:Seed=0, # seed of all randomness: the same seed gives the same folds
     out:Path=Path("folds"), # folder for the manifests 0.csv, 1.csv, …
 ):
     "Make manifests that leave out every bin once. Their test part is what they leave out; the manifest's own test part is in none."
