@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['folds', 'write_folds']
 
-# %% ../../nbs/04_split/03_folds.ipynb #b754fb66
+# %% ../../nbs/04_split/03_folds.ipynb #52d9a782
 import os
 import re
 import warnings
@@ -17,6 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from ..ground.core import UsageError, rng
 from ..ground.folders import atomic_folder
+from ..ground.settings import Seed, with_rules
 from .manifest import PARTS, as_manifest, read_manifest, write_manifest
 
 # %% ../../nbs/04_split/03_folds.ipynb #4439587e
@@ -47,17 +48,18 @@ def _check_fold(fold, i):
     if lost := [count for count in sizes if not sizes[count]["train"]]:
         raise UsageError(f"fold {i}: would train without any bin of count {lost[0]}", hint)
 
-# %% ../../nbs/04_split/03_folds.ipynb #d258ed4e
+# %% ../../nbs/04_split/03_folds.ipynb #330b6530
+@with_rules
 def folds(
     manifest:pd.DataFrame|str|os.PathLike, # a manifest, or its path
     k:int=5, # how many folds
     valid:float=.15, # fraction of the bins that a fold keeps to choose the best epoch on
-    seed:int=0, # another seed, other folds
+    seed:Seed=0, # another seed, other folds
 )->list[pd.DataFrame]: # k manifests of the train and valid bins; each of these bins is in the test part of one
     "Manifests that leave out every bin once, groups as a whole. Raises `UsageError` where there are too few bins."
     if not isinstance(manifest, pd.DataFrame): manifest = read_manifest(manifest)
     if k < 2: raise UsageError(f"folds={k}: fewer than 2", "ask for 2 folds or more; 5 are usual")
-    if not 0 < valid <= .5: raise UsageError(f"valid={valid}: not above 0 and up to 0.5", "leave it at 0.15")
+    if not .01 <= valid <= .5: raise UsageError(f"valid={valid}: not from 0.01 to 0.5", "leave it at 0.15")
     rows = manifest[manifest["part"] != "test"].reset_index(drop=True)
     if (most := rows["count"].value_counts().max() if len(rows) else 0) < k:
         raise UsageError(f"folds={k}: no count has more than {most} bins in train and valid",
