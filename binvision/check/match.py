@@ -27,8 +27,8 @@ def record_sizes(
     return pd.DataFrame({"kinds": each.size(), "volume": known["volume"], "largest": each["volume"].max(), "smallest": each["volume"].min(),
                          "weight": known["weight"], "longest": each["longest"].max(), "shortest": each["shortest"].min()})
 
-# %% ../../nbs/09_check/04_match.ipynb #a4c9d32f
-def _one_hot(values, n): return np.eye(n)[np.clip(values, 0, n - 1).astype(int)]
+# %% ../../nbs/09_check/04_match.ipynb #8ae9e88b
+def _one_hot(values, n): return np.eye(n)[np.clip(np.nan_to_num(values), 0, n - 1).astype(int)]
 
 
 def record_columns(
