@@ -109,16 +109,16 @@ def _hypotheses(self:Evidence, bins, said, rates):
     alone = np.where(np.isnan(bins.probabilities), self.prior, bins.probabilities)
     return (1 - sum(rates.values())) * _at(d, self.counts, r), wrong + rates["swapped"] * alone
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #11a8154b
+# %% ../../nbs/09_check/06_suspicion.ipynb #42974da7
 @patch
 def suspicion(self:Evidence,
     bins:Bins, # n bins
     rates:dict|None=None, # kind of error → share of all records; None for RATES
-)->pd.DataFrame: # by id: p_wrong (probability that the record is wrong), likely (the most probable true count, record included)
+)->pd.DataFrame: # by id: p_wrong (probability that the record is wrong), likely (the most probable count if it is)
     "How probable it is that each record is wrong; NaN where nothing can be said. Raises `UsageError` for rates that are none."
     said = self.said(bins)
     right, wrong = self._hypotheses(bins, said, checked_rates(rates))
-    truth = wrong + right[:, None] * (np.array(self.counts)[None] == bins.recorded[:, None])
+    other = np.where(np.array(self.counts)[None] == bins.recorded[:, None], -1, wrong)
     told = (said.source != "none") & np.isin(bins.recorded, self.counts) & ~np.isnan(said.base).any(axis=1)
     p = 1 - right / (right + wrong.sum(axis=1))
-    return pd.DataFrame({"p_wrong": np.where(told, p, np.nan), "likely": np.where(told, np.array(self.counts)[truth.argmax(axis=1)], np.nan)}, bins.ids)
+    return pd.DataFrame({"p_wrong": np.where(told, p, np.nan), "likely": np.where(told, np.array(self.counts)[other.argmax(axis=1)], np.nan)}, bins.ids)
