@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'Choice']
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #6b8b418e
+# %% ../../nbs/13_cli/03_fetch.ipynb #81fd3fb4
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +16,10 @@ from pydantic import Field
 from .app import name_failures, say
 from .options import command, read_counts
 from ..ground.core import UsageError
-from ..ground.settings import takes
+from ..ground.outputs import output_folder
+from ..ground.settings import AtLeastOne, Seconds, Seed, checked, takes
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #babc45cf
+# %% ../../nbs/13_cli/03_fetch.ipynb #9d688fef
 @dataclass
 class Place:
     "Where bins are fetched from, and how patiently."
@@ -27,8 +28,8 @@ class Place:
     region:str="us-east-1" # region of the bucket
     profile:str|None=None # sign requests with this AWS profile; None for unsigned, no account
     concurrency:Annotated[int, Field(ge=1, le=512)]=64 # requests in flight
-    timeout:Annotated[float, Field(ge=0.1)]=30 # seconds until a request is given up and repeated
-    attempts:Annotated[int, Field(ge=1)]=8 # how often to ask for an object before it counts as failed
+    timeout:Seconds=30 # seconds until a request is given up and repeated
+    attempts:Annotated[int, Field(ge=1, le=100)]=8 # how often to ask for an object before it counts as failed
 
     def open(self):
         "The bucket."
@@ -36,7 +37,7 @@ class Place:
 
         return Bucket(self.bucket, self.endpoint, self.region, self.profile, self.timeout, self.attempts)
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #bab11aef
+# %% ../../nbs/13_cli/03_fetch.ipynb #bf88d04a
 @command
 @takes(Place)
 def _index(
@@ -46,25 +47,25 @@ def _index(
     "Read the count of every bin of a bucket into a table. Run it again to resume, or to read again what failed."
     from binvision.fetch.index import index
 
-    place = Place(**kwargs)
+    place = checked(Place, kwargs)
     try: table = index(out, place.open(), place.concurrency)
     except KeyboardInterrupt: raise KeyboardInterrupt("the counts so far are kept; to go on, run the same command again") from None
     failed = table[table["count"].isna()]
     say(f"{out}: {len(table) - len(failed):,} bins, {len(failed):,} documents that could not be read")
     name_failures(zip(failed["id"], failed["problem"]))
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #e93869d1
+# %% ../../nbs/13_cli/03_fetch.ipynb #afec32d2
 @dataclass
 class Choice(Place):
     "Which bins are fetched."
     lists:Annotated[str|None, typer.Option("--list")]=None # a list: "udacity" (the course subset), or path or URL of a .json, .csv, .parquet or .txt file
     ids:Path|None=None # a .txt file with an id a line, or a table with a column id
     counts:str|None=None # only these counts, such as 1-5
-    per_count:Annotated[int, Field(ge=1)]|None=None # this many bins of each count; needs an index
-    sample:float|None=None # this share of the whole bucket, by hash: above 0, at most 1
+    per_count:AtLeastOne|None=None # this many bins of each count; needs an index
+    sample:Annotated[float, Field(gt=0, le=1)]|None=None # this share of the whole bucket, by hash: above 0, at most 1
     balance:Path|None=None # manifest of a data set to even out; needs an index
     index:list[str]|None=None # label index from binvision index, or the challenge's lists; may be repeated
-    seed:int=0 # seed of all randomness: the same seed gives the same bins
+    seed:Seed=0 # seed of all randomness: the same seed gives the same bins
 
 # %% ../../nbs/13_cli/03_fetch.ipynb #23c4e392
 def _check_choice(c):
@@ -121,14 +122,14 @@ def _report_choice(tables, out):
                    "Evaluate on bins chosen with --per-count, all classes alike", err=True)
     if out: say(f"open {report_ids(tables, out)}")
 
-# %% ../../nbs/13_cli/03_fetch.ipynb #0063410a
+# %% ../../nbs/13_cli/03_fetch.ipynb #3d822675
 @command
 @takes(Choice)
 def _fetch(
     data:Path, # data set folder to fill; verified files stay
     images_only:bool=False, # leave the documents out
     metadata_only:bool=False, # leave the pictures out
-    max_side:Annotated[int, Field(ge=16)]|None=None, # pixels of the longer side, at most: larger pictures are scaled down; None for full size
+    max_side:Annotated[int, Field(ge=16, le=100_000)]|None=None, # pixels of the longer side, at most: larger pictures are scaled down; None for full size
     dry_run:bool=False, # only say how many objects and about how many bytes
     **kwargs,
 ):
@@ -136,7 +137,8 @@ def _fetch(
     from binvision.fetch.fetch import estimate, fetch
 
     if images_only and metadata_only: raise UsageError("--images-only and --metadata-only exclude each other", "pass one, or none for both")
-    choice = Choice(**kwargs)
+    choice = checked(Choice, kwargs)
+    output_folder(data)
     chosen, tables = _chosen(choice)
     kinds, bucket = {"images": not metadata_only, "metadata": not images_only}, choice.open()
     if dry_run:

@@ -5,33 +5,38 @@
 # %% auto #0
 __all__ = ['BUCKET', 'PAGE', 'Bucket', 'ObjectError', 'list_ids']
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #bea02b08
+# %% ../../nbs/03_fetch/00_bucket.ipynb #92b44aad
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Annotated
 
 import tenacity
 from fastcore.basics import patch
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
+from pydantic import AnyHttpUrl, Field
 
 from ..ground.core import DataError, UsageError, bin_id
+from ..ground.settings import Seconds, checked
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #49977139
+# %% ../../nbs/03_fetch/00_bucket.ipynb #8358266a
 BUCKET = "aft-vbi-pds" # the public bucket of the Amazon Bin Image Dataset
+_Word = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
 
 
 @dataclass(frozen=True)
 class Bucket:
     "A bucket of an S3-compatible store, in the layout of the Amazon Bin Image Dataset, and how long to keep asking it."
-    name:str=BUCKET # name of the bucket
+    name:_Word=BUCKET # name of the bucket
     endpoint:str|None=None # URL of a store other than AWS, such as http://127.0.0.1:9000
-    region:str="us-east-1" # region of the bucket
+    region:_Word="us-east-1" # region of the bucket
     profile:str|None=None # profile of the AWS configuration to sign with; None sends unsigned requests
-    timeout:float=30 # seconds after which a request is given up and sent again
-    attempts:int=8 # how often to ask for one object before it counts as failed
+    timeout:Seconds=30 # seconds after which a request is given up and sent again
+    attempts:Annotated[int, Field(ge=1, le=100)]=8 # how often to ask for one object before it counts as failed
 
     def __str__(self): return f"bucket {self.name} at {self.endpoint or 'AWS'}"
 
@@ -49,14 +54,21 @@ def _credentials(profile):
         hint = "see `aws configure list-profiles`, or leave it out: the public bucket needs none"
         raise UsageError(f"profile {profile}: {e}", hint) from e
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #94bf0891
+# %% ../../nbs/03_fetch/00_bucket.ipynb #ddd940ee
+def _check_endpoint(url):
+    "Raise `UsageError` for the URL of an endpoint that no request can be sent to."
+    try: fine = re.fullmatch("https?://[!-~]+", url) and AnyHttpUrl(url)
+    except ValueError: fine = False
+    if not fine: raise UsageError(f"endpoint {short(url)}: not a URL", "pass one such as http://127.0.0.1:9000")
+
+
 @patch
 def open(
     self:Bucket,
 )->S3Store: # sends each request once; Bucket.retry repeats it
-    "A client for the bucket; nothing is sent yet. Raises `UsageError` for a bad endpoint or profile."
-    if self.endpoint and not re.match(r"https?://[^/\s]", self.endpoint):
-        raise UsageError(f"endpoint {self.endpoint}: not a URL", "it has to begin with http:// or https://")
+    "A client for the bucket; nothing is sent yet. Raises `UsageError` for an impossible setting."
+    checked(Bucket, vars(self))
+    if self.endpoint is not None: _check_endpoint(self.endpoint)
     access = {"credential_provider": _credentials(self.profile)} if self.profile else {"skip_signature": True}
     where = {"endpoint": self.endpoint} if self.endpoint else {}
     connect = min(self.timeout, 10)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFOUNDED', 'id_hash', 'sample_ids', 'balanced_ids', 'confounding', 'plot_ids', 'balance', 'report_ids']
 
-# %% ../../nbs/03_fetch/05_choose.ipynb #c5026e59
+# %% ../../nbs/03_fetch/05_choose.ipynb #ae747677
 import hashlib
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from .bucket import Bucket, list_ids
 from ..ground.core import UsageError, atomic_write
+from ..ground.settings import AtLeastZero, Seed, with_rules
 from ..ground.show import BLUES, figure, html_page, new_axes
 
 # %% ../../nbs/03_fetch/05_choose.ipynb #8a59bd52
@@ -26,10 +27,11 @@ def id_hash(
     digests = b"".join(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest() for id in ids)
     return np.frombuffer(digests, ">u8") / 2.0**64
 
-# %% ../../nbs/03_fetch/05_choose.ipynb #9bb718f1
+# %% ../../nbs/03_fetch/05_choose.ipynb #0f397dec
+@with_rules
 def sample_ids(
     fraction:float, # of all bins, above 0, at most 1
-    seed:int=0, # another seed, another sample
+    seed:Seed=0, # another seed, another sample
     bucket:Bucket=Bucket(), # listed if no index is given
     index:pd.DataFrame|None=None, # table with a column id to sample from instead
 )->pd.DataFrame: # columns id and, where the index has it, count
@@ -49,22 +51,24 @@ def _in_hash_order(index, seed, exclude):
     table = table.iloc[np.argsort(id_hash(table["id"], seed))].reset_index(drop=True)
     return table.assign(nth=table.groupby("count").cumcount())
 
-# %% ../../nbs/03_fetch/05_choose.ipynb #bf97d97a
+# %% ../../nbs/03_fetch/05_choose.ipynb #fab18a66
 def _take(ordered, wanted):
     "For each count, as many of the first bins as `wanted` says."
     have = ordered["count"].value_counts()
-    short = [f"{have.get(count, 0):,} of count {count}, {n:,} are wanted"
-             for count, n in wanted.items() if have.get(count, 0) < n]
-    if short:
-        raise UsageError(f"the index has too few bins: {'; '.join(short)}", "ask for fewer, or pass a larger index")
+    few = [f"{have.get(count, 0):,} of count {count}, {n:,} are wanted"
+           for count, n in wanted.items() if have.get(count, 0) < n]
+    if few:
+        more = f", and of {len(few) - 5:,} more counts" if len(few) > 5 else ""
+        raise UsageError(f"the index has too few bins: {'; '.join(few[:5])}{more}", "ask for fewer, or pass a larger index")
     return ordered.loc[ordered["nth"] < ordered["count"].map(wanted).fillna(0), ["id", "count"]].reset_index(drop=True)
 
 
+@with_rules
 def balanced_ids(
     index:pd.DataFrame, # columns id and count: a label index
-    per_count:int, # bins of each count
+    per_count:AtLeastZero, # bins of each count
     counts=range(1, 6), # which counts
-    seed:int=0, # another seed, other bins
+    seed:Seed=0, # another seed, other bins
     exclude=(), # ids not to take
 )->pd.DataFrame: # columns id and count
     "The same number of bins of each count, by one hash order. Raises `UsageError` if a count has too few."
@@ -133,13 +137,14 @@ def _present(existing, counts):
         raise UsageError("the data set to even out has no counts", hint)
     return existing["count"].value_counts().reindex(list(counts), fill_value=0)
 
-# %% ../../nbs/03_fetch/05_choose.ipynb #e801976f
+# %% ../../nbs/03_fetch/05_choose.ipynb #e74bbc3e
+@with_rules
 def balance(
     existing:pd.DataFrame, # columns id and count: the data set to even out, such as a manifest
     index:pd.DataFrame, # columns id and count: where new bins come from
     per_count:int|None=None, # bins of each count in the end; None takes the fewest that leave no confound
     counts=None, # which counts; None takes those that the data set has
-    seed:int=0, # another seed, other bins
+    seed:Seed=0, # another seed, other bins
 )->pd.DataFrame: # columns id and count: the bins to fetch
     """The bins that are missing to even out a data set.
 

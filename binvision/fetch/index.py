@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['index']
 
-# %% ../../nbs/03_fetch/04_index.ipynb #485471c6
+# %% ../../nbs/03_fetch/04_index.ipynb #be20c549
 import shutil
 import threading
 from contextlib import closing, contextmanager
@@ -21,6 +21,7 @@ from ..data.documents import parse_document
 from .bucket import Bucket, ObjectError, list_ids
 from .transfer import OutageGuard, get_object, in_parallel, progress_bar
 from ..ground.core import DataError, UsageError, atomic_write, disk_errors, regular_file
+from ..ground.outputs import output_file
 from ..ground.tables import read_parquet
 
 # %% ../../nbs/03_fetch/04_index.ipynb #5600ac40
@@ -95,7 +96,7 @@ def _read_again(out, read):
     fixed = pa.Table.from_pandas(table.reset_index(), _SCHEMA, preserve_index=False)
     with atomic_write(out) as file: pq.write_table(fixed, file)
 
-# %% ../../nbs/03_fetch/04_index.ipynb #2d1f1582
+# %% ../../nbs/03_fetch/04_index.ipynb #32d1f87d
 def index(
     out:str|Path, # Parquet file to write: id, count, problem
     bucket:Bucket=Bucket(), # bucket to read
@@ -107,7 +108,7 @@ def index(
     Where `out` is complete, only what failed is read again. Raises `DataError` where nothing can be fetched or written,
     `UsageError` if `out` is another file or another run is at work on it.
     """
-    out = Path(out)
+    out = output_file(out)
     parts = out.with_name(f".{out.name}.parts")
     read = partial(_counts, bucket=bucket, store=bucket.open(), concurrency=concurrency)
     if out.exists(): _check_index(out)
