@@ -13,15 +13,17 @@ from pathlib import Path
 from ..ground.core import DataError, regular_file, visible
 from ..ground.pictures import PICTURES
 
-# %% ../../nbs/02_data/09_sources.ipynb #41b77417
+# %% ../../nbs/02_data/09_sources.ipynb #08a83968
 def _walk(folder):
     "Names of the picture files in a folder, sorted within each folder."
     todo = [("", True)]
     while todo:
         name, is_folder = todo.pop()
         if is_folder:
-            try: here = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in os.scandir(os.path.join(folder, name)))
-            except OSError as e: raise DataError(f"{e.filename}: cannot be read ({e.strerror})", "check the permissions") from e
+            try: here = list(os.scandir(os.path.join(folder, name)))
+            except OSError as e:
+                raise DataError(f"{e.filename}: cannot be read ({e.strerror})", "check the permissions") from e
+            here = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in here)
             todo += [(f"{name}{entry}{'/' * inner}", inner) for entry, inner in reversed(here)]
         elif os.path.splitext(name)[1].lower() in PICTURES: yield name
 

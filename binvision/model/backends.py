@@ -91,7 +91,7 @@ def _session(path, backend, threads):
                          "export the model again, or upgrade onnxruntime") from e
     return session if session.get_providers()[0] == providers[0] else None
 
-# %% ../../nbs/05_model/02_backends.ipynb #90784dd0
+# %% ../../nbs/05_model/02_backends.ipynb #eb709d06
 def _misfit(session, card):
     "In what a network does not fit its card, or `None`."
     sides = {"input": (session.get_inputs(), [3, card["size"], card["size"]]),
@@ -100,7 +100,7 @@ def _misfit(session, card):
         if len(found) != 1: return f"has {len(found)} {side}s instead of one"
         kind, shape = found[0].type, found[0].shape or ["unknown"]
         if kind != "tensor(float)" or shape[1:] != wanted or isinstance(shape[0], int):
-            return f"its {side} is a {kind} of shape {shape}, and the card asks for tensor(float) and {['any', *wanted]}"
+            return f"its {side} is {kind} of shape {shape}, and the card asks for tensor(float) of {['any', *wanted]}"
     return None
 
 # %% ../../nbs/05_model/02_backends.ipynb #9a1f3722
@@ -142,13 +142,13 @@ def _open(self:Model, backend, threads):
     if problem:
         raise ModelError(f"{self.path}: {problem}", "files of two models were mixed: copy the whole model folder again")
 
-# %% ../../nbs/05_model/02_backends.ipynb #194e7916
+# %% ../../nbs/05_model/02_backends.ipynb #b23f791e
 def load_model(
     folder:str|os.PathLike, # a model folder
     backend:str|None=None, # "cuda", "int8" (if exported) or "fp32"; None for the fastest that is available
     threads:int|None=None, # processor threads to use, at most most_threads(); None for all cores
 )->Model:
-    "Open a model folder for prediction. Raises `ModelError` for one that cannot be used, `UsageError` for odd settings."
+    "Open a model folder for prediction. Raises `ModelError` for a wrong one, `UsageError` for wrong settings."
     return Model(folder, backend, threads)
 
 # %% ../../nbs/05_model/02_backends.ipynb #b8daa2de
@@ -159,14 +159,14 @@ def _check_answers(found, shape, path):
     else: return
     raise ModelError(f"{path}: {problem}", "the network is damaged: train or export it again")
 
-# %% ../../nbs/05_model/02_backends.ipynb #e620c4c7
+# %% ../../nbs/05_model/02_backends.ipynb #150267f0
 @patch
 def logits(
     self:Model,
     batch:np.ndarray, # n × 3 × size × size, float32, from preprocess
     one_core:bool=False, # compute in the calling thread only, because other threads compute too
 )->np.ndarray: # n × number of counts, float32
-    "The network's outputs for prepared pictures. Raises `ModelError` for a network that fails, or gives no finite numbers."
+    "The network's outputs for prepared pictures. Raises `ModelError` if it fails or they are not finite."
     session = self.one_core_session if one_core else self.session
     try: found = session.run(None, {self.input: batch})[0]
     except Exception as e:

@@ -95,11 +95,11 @@ def _parsed(folder):
     except DataError as e: raise ModelError(e.problem, _AGAIN) from e
     except orjson.JSONDecodeError as e: raise ModelError(f"{path}: not valid JSON ({e})", _AGAIN) from e
 
-# %% ../../nbs/05_model/01_folder.ipynb #9134d4fb
+# %% ../../nbs/05_model/01_folder.ipynb #1d6e5130
 def read_card(
     folder:str|os.PathLike, # a model folder
 )->dict: # the entries of Card, and whatever else it says
-    "The card of a model folder. Raises `ModelError` for one that is missing, damaged, incomplete, impossible or too new."
+    "The card of a model folder. Raises `ModelError` for one that is missing, damaged, impossible or too new."
     card = _parsed(folder)
     _check_card(card, Path(folder)/"card.json")
     return card
@@ -123,14 +123,14 @@ def check_file(
                          f"files of two models were mixed, or one was cut off: {_AGAIN}")
     return path
 
-# %% ../../nbs/05_model/01_folder.ipynb #57bb7774
+# %% ../../nbs/05_model/01_folder.ipynb #cf75abaa
 def save_model(
     folder:str|os.PathLike, # the model folder to write; an existing one is replaced
     card:dict, # what Card asks for, without format and files
     onnx:bytes, # a network from images (n × 3 × size × size) to logits (n × number of counts)
     tensors:dict, # the weights, name → array
 )->Path: # the folder
-    "Write card.json, model.safetensors and model.onnx. Raises `ModelError` for a wrong card, `DataError` where the disk refuses."
+    "Write a model folder. Raises `ModelError` for a wrong card, `DataError` where the disk refuses."
     from safetensors.numpy import save
 
     with atomic_folder(folder) as new:

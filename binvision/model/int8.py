@@ -56,7 +56,7 @@ def get_next(self:CalibrationPictures)->dict|None: # input name → n × 3 × si
 
 CalibrationPictures.__next__ = CalibrationPictures.get_next
 
-# %% ../../nbs/05_model/05_int8.ipynb #8f7bfe26
+# %% ../../nbs/05_model/05_int8.ipynb #f25efcde
 @contextlib.contextmanager
 def _quantiser(network):
     "Keep ONNX Runtime's quantiser from printing and from warning. Raises `ModelError` where it fails with a network."
@@ -65,7 +65,8 @@ def _quantiser(network):
     try:
         with contextlib.redirect_stdout(io.StringIO()): yield
     except Exception as e:
-        raise ModelError(f"{network}: ONNX Runtime cannot quantise it ({type(e).__name__}: {str(e)[:200]})", "use it in fp32") from e
+        why = f"{type(e).__name__}: {str(e)[:200]}"
+        raise ModelError(f"{network}: ONNX Runtime cannot quantise it ({why})", "use it in fp32") from e
     finally: logging.disable(before)
 
 

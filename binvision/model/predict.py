@@ -187,11 +187,12 @@ def _stream(model, sources, batch_size):
         yield from in_order(partial(_predict_batch, model, one_core=True), chain(first, batches), model.threads)
     for failure in failures: raise failure
 
-# %% ../../nbs/05_model/03_predict.ipynb #861c2e1f
+# %% ../../nbs/05_model/03_predict.ipynb #e29bc848
 def _is_one(source):
     "Whether a source is a single thing, a picture or not. An array or a tensor with four axes is a stack of pictures."
     if isinstance(source, np.ndarray) or is_tensor(source): return source.ndim != 4
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(source, "read"): return True
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)): return True
+    if hasattr(source, "read"): return True
     try: iter(source)
     except TypeError: return True
     return False
@@ -203,18 +204,18 @@ def _opened(model, backend=None, threads=None):
 
 def predict_stream(
     model, # a Model, or the path of a model folder
-    sources:Iterable, # pictures, anything that load_image takes; may be endless. Files stay open until they are answered
+    sources:Iterable, # pictures, anything that load_image takes, files open until they are answered; may be endless
     batch_size:int=8, # pictures that go through the network together, 1 to 4,096
 )->Iterator[Prediction]: # one for each source, in order; if reading the sources fails, their error comes last
     "Predict one picture after another in constant memory; a broken picture gives a `Prediction` with an `error`."
     check_batch_size(batch_size)
-    if _is_one(sources): raise UsageError(f"{source_name(sources)}: not several pictures", "pass a list of pictures, or a generator")
+    if _is_one(sources): raise UsageError(f"{source_name(sources)}: not several pictures", "pass a list or a generator")
     return _stream(_opened(model), iter(sources), batch_size)
 
-# %% ../../nbs/05_model/03_predict.ipynb #53ee4062
+# %% ../../nbs/05_model/03_predict.ipynb #92497e10
 def predict(
     model, # a Model, or the path of a model folder
-    source, # a picture (path, bytes, file, PIL image, array, tensor), a folder, a list of pictures, or a generator of them
+    source, # a picture (path, bytes, file, PIL image, array, tensor), a folder, or a list or generator of pictures
     batch_size:int=8, # pictures that go through the network together, 1 to 4,096
     backend:str|None=None, # "cuda", "int8" or "fp32"; None for the fastest that is available. A Model has its own
     threads:int|None=None, # processor threads to use; None for all cores. A Model has its own

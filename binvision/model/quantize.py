@@ -167,7 +167,7 @@ class _Settings:
     seed:Annotated[int, Field(ge=0, lt=2**63)] # a whole number of at most 63 bits
     max_loss:Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] # accuracy that may be lost, 0 to 1
 
-# %% ../../nbs/05_model/06_quantize.ipynb #64f2d294
+# %% ../../nbs/05_model/06_quantize.ipynb #b1d0693f
 def export(
     model:str|os.PathLike, # a model folder
     data:str|os.PathLike, # the data set folder
@@ -177,7 +177,7 @@ def export(
     seed:int=0, # draws them
     max_loss:float=0.005, # of accuracy on the valid part, 0 to 1; a network that loses more is not written
 )->dict: # what goes into the card under int8
-    "Add an 8-bit network to a model folder. Raises `ModelError` if it would lose too much, `UsageError` or `DataError`."
+    "Add an 8-bit network to a model folder. Raises `ModelError` if it loses too much, `UsageError` or `DataError`."
     if not int8: raise UsageError("nothing to export", "say what: --int8, or int8=True")
     checked(_Settings, {"n": n, "seed": seed, "max_loss": max_loss})
     original, (calibration, valid, labels, sha) = load_model(model, "fp32"), _parts(data, manifest, n, seed)
