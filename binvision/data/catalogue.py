@@ -66,7 +66,7 @@ def _writers(folder, extra):
               pq.ParquetWriter(i, _ITEMS, compression="zstd") as items):
             yield bins, items, problems
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #cbef6cf6
+# %% ../../nbs/02_data/03_catalogue.ipynb #62ad673b
 def _table(path, schema, hint):
     "A table of a catalogue with at least the columns of a schema."
     table = read_parquet(path, hint)
@@ -86,9 +86,11 @@ def read_catalogue(
     "Read a catalogue back. Raises `DataError` if a file is missing or damaged."
     folder, hint = data_folder(folder), "make it again: binvision catalogue DATA --out CATALOGUE"
     bins, items = _table(folder/"bins.parquet", _BINS, hint), _table(folder/"items.parquet", _ITEMS, hint)
-    if not bins["phash"].dropna().str.fullmatch("[0-9a-f]{16}").all(): raise DataError(f"{folder}: a phash is no fingerprint", hint)
+    if not bins["phash"].dropna().str.fullmatch("[0-9a-f]{16}").all():
+        raise DataError(f"{folder}: a phash is no fingerprint", hint)
     problems = read_csv(folder/"problems.csv", hint)
-    if list(problems) != _PROBLEMS: raise DataError(f"{folder}/problems.csv: its columns are not {', '.join(_PROBLEMS)}", hint)
+    if list(problems) != _PROBLEMS:
+        raise DataError(f"{folder}/problems.csv: its columns are not {', '.join(_PROBLEMS)}", hint)
     return Catalogue(bins, items, problems)
 
 # %% ../../nbs/02_data/03_catalogue.ipynb #e1cbc226
@@ -103,7 +105,7 @@ def save(self:Catalogue,
         items.write_table(pa.Table.from_pandas(self.items, items.schema, preserve_index=False))
         problems.writerows(_safe(self.problems.itertuples(index=False)))
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #ef988a45
+# %% ../../nbs/02_data/03_catalogue.ipynb #62c84ae4
 class _Listing:
     "The ids of a data set folder's documents, images and labels, and the problems found so far."
 
@@ -112,7 +114,8 @@ class _Listing:
         self.images, self.classes = list_images(self.data, self.problems)
         self.labels, extra = read_labels(self.data, self.problems)
         self.extra = extra.rename(columns={name: f"labels_{name}" for name in extra if name in _BINS.names})
-        if self.extra.columns.has_duplicates: raise DataError(f"{data}/labels.csv: a column is there twice", "rename it")
+        if self.extra.columns.has_duplicates:
+            raise DataError(f"{data}/labels.csv: two of its columns would have one name", "rename one of them")
         self.documents = {name[:-5] for name in file_names(self.data/"metadata", (".json",), self.problems)}
         self.ids = sorted(self.documents | self.images.keys())
         self.labelled = bool(self.documents or self.labels or any(count is not None for count in self.classes.values()))
@@ -130,7 +133,7 @@ def check(self:_Listing):
     self.problems += [(id, "labels.csv", "no image and no document has this id")
                       for id in self.labels if id not in self.images and id not in self.documents]
 
-# %% ../../nbs/02_data/03_catalogue.ipynb #f2ebd992
+# %% ../../nbs/02_data/03_catalogue.ipynb #fff8f2bc
 _DOCUMENT = 1_000_000 # bytes of a document, at most
 
 
@@ -140,7 +143,8 @@ def document(self:_Listing, id):
     if id not in self.documents: return None, [], []
     file = f"metadata/{id}.json"
     try: row, items = parse_document(read_file(self.data/file, _DOCUMENT), id)
-    except DataError as e: return None, [], [(id, file, e.problem.removeprefix(f"{self.data/file}: ").removeprefix(f"{id}.json: "))]
+    except DataError as e:
+        return None, [], [(id, file, e.problem.removeprefix(f"{self.data/file}: ").removeprefix(f"{id}.json: "))]
     return row, items, [(id, file, note) for note in row.pop("notes")]
 
 # %% ../../nbs/02_data/03_catalogue.ipynb #1fc8189e

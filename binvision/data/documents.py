@@ -93,7 +93,7 @@ def _entries(raw):
     if not isinstance(entries, dict): raise ValueError(f"BIN_FCSKU_DATA is {quoted(entries)}, not an object")
     return document, count, entries
 
-# %% ../../nbs/02_data/00_documents.ipynb #534f572d
+# %% ../../nbs/02_data/00_documents.ipynb #6531e9d5
 def parse_document(
     raw:bytes, # a metadata document as the bucket holds it
     id:str, # the bin's id
@@ -106,5 +106,6 @@ def parse_document(
     except ValueError as e: raise DataError(f"{id}.json: {e}", "fetch the document again, or leave the bin out") from e
     total, image = sum(item["quantity"] for item in items), document.get("image_fname")
     if total != count: notes.append(f"the quantities sum to {total}, EXPECTED_QUANTITY is {count}")
-    if image is not None and not (isinstance(image, str) and bin_id(image) == id): notes.append(f"image_fname is {quoted(image)}")
+    if image is not None and (not isinstance(image, str) or bin_id(image) != id):
+        notes.append(f"image_fname is {quoted(image)}")
     return {"id": id, "count": count, "n_items": len(items), "quantity_sum": total, "notes": notes}, items

@@ -19,10 +19,11 @@ from .documents import quoted, whole_number
 from ..ground.core import DataError, bin_id, read_file
 from ..ground.tables import LARGEST, decoded, parse_csv, parse_parquet, read_csv, whole
 
-# %% ../../nbs/02_data/02_lists.ipynb #7c6f31e3
+# %% ../../nbs/02_data/02_lists.ipynb #1884384b
 def _course_pairs(count, keys):
     "Pairs (id, count) of one count of a course list."
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys): raise ValueError(f"{quoted(keys)} is no list of keys")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{quoted(keys)} is no list of keys")
     if (number := whole(count)) is None: raise ValueError(f"the count {quoted(count)} is no whole number")
     return [(bin_id(key), number) for key in keys]
 
@@ -35,12 +36,13 @@ def _parse_json(raw):
         raise ValueError("neither counts with lists of keys nor pairs of a number and a count")
     return [(f"{whole_number(number, 'a number') + 1:05d}", whole_number(count, "a count")) for number, count in listed]
 
-# %% ../../nbs/02_data/02_lists.ipynb #f7c3fd48
+# %% ../../nbs/02_data/02_lists.ipynb #e634f101
 def _pair(id, count):
     "The id and the count of a row; the count is None if the row gives none."
     if not isinstance(id, str) or not id: raise ValueError(f"the id {quoted(id)} is no text")
     if pd.isna(count) or count == "": return id, None
-    if (number := whole(count)) is None: raise ValueError(f"bin {quoted(id)} has the count {quoted(count)}, not a whole number")
+    number = whole(count)
+    if number is None: raise ValueError(f"bin {quoted(id)} has the count {quoted(count)}, not a whole number")
     return id, number
 
 
@@ -103,9 +105,9 @@ def _number(id):
     found = re.fullmatch(r"0*([0-9]+)([.,]0+)?", id)
     return found and found[1]
 
-# %% ../../nbs/02_data/02_lists.ipynb #9cc12dbe
-_ZEROS = ("take the file as it was before, or import its column id as text and save it again; restore_ids in binvision.data.lists "
-          "puts the zeros back where just one bin fits")
+# %% ../../nbs/02_data/02_lists.ipynb #fcacc389
+_ZEROS = ("take the file as it was before, or import its column id as text and save it again; restore_ids in "
+          "binvision.data.lists puts the zeros back where just one bin fits")
 
 
 def check_ids(
@@ -121,10 +123,10 @@ def check_ids(
     lost = {id: others[number] for id in missing if (number := _number(id)) in others}
     if 2 * len(lost) <= len(missing): return
     id, other = next(iter(lost.items()))
-    raise DataError(f"{name}: {len(lost):,} of {len(ids):,} ids seem to have lost their zeros, such as {id} for {other}: "
-                    "a spreadsheet takes ids for numbers", _ZEROS)
+    raise DataError(f"{name}: {len(lost):,} of {len(ids):,} ids seem to have lost their zeros, such as {id} for "
+                    f"{other}: a spreadsheet takes ids for numbers", _ZEROS)
 
-# %% ../../nbs/02_data/02_lists.ipynb #791db691
+# %% ../../nbs/02_data/02_lists.ipynb #b8c478b9
 def restore_ids(
     ids, # of a file that a spreadsheet has saved
     known, # ids, such as the keys of find_images(data)
@@ -135,7 +137,8 @@ def restore_ids(
     fits = {id: [id] if id in known and id != _number(id) else same.get(_number(id) or id, [id]) for id in ids}
     unsure = [id for id in fits if len(fits[id]) > 1]
     if unsure:
-        raise DataError(f"{len(unsure):,} of {len(fits):,} ids could be several bins, such as {unsure[0]}: {' or '.join(sorted(fits[unsure[0]]))}",
+        bins = " or ".join(sorted(fits[unsure[0]]))
+        raise DataError(f"{len(unsure):,} of {len(fits):,} ids could be several bins, such as {unsure[0]}: {bins}",
                         "correct these by hand, or leave them out")
     return [fits[id][0] for id in ids]
 

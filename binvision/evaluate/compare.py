@@ -67,7 +67,7 @@ def _same_images(results):
                          f"{these}, {images[first]})", "evaluate all models on one part of one manifest")
     return found
 
-# %% ../../nbs/07_evaluate/03_compare.ipynb #acb8dd88
+# %% ../../nbs/07_evaluate/03_compare.ipynb #cd8f2a50
 def _row(m):
     "The row of one model: images, figures, and the ends of some intervals."
     row = {"images": m["n"]}
@@ -87,7 +87,8 @@ def compare(
         rows = {name: _row(m) for name, m in found.items()}
         return pd.DataFrame(rows).T.astype(float).astype({"images": int})
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise DataError(f"{', '.join(map(str, results))}: not all are results of evaluate ({type(e).__name__}: {e})", _EVALUATED) from e
+        names = ", ".join(map(str, results))
+        raise DataError(f"{names}: not all are results of evaluate ({type(e).__name__}: {e})", _EVALUATED) from e
 
 # %% ../../nbs/07_evaluate/03_compare.ipynb #4fee162b
 def plot_comparison(

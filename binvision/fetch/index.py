@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['index']
 
-# %% ../../nbs/03_fetch/04_index.ipynb #be20c549
+# %% ../../nbs/03_fetch/04_index.ipynb #b2cbbf69
 import shutil
 import threading
 from contextlib import closing, contextmanager
@@ -85,10 +85,11 @@ def _check_index(out):
     if not ours:
         raise UsageError(f"{out}: exists and is no index of a bucket", "move it away, or pass another --out")
 
-# %% ../../nbs/03_fetch/04_index.ipynb #1fbdb411
+# %% ../../nbs/03_fetch/04_index.ipynb #46919aff
 def _read_again(out, read):
     "Read the documents again that failed."
-    table = read_parquet(out, "delete it, and run the same command again").to_pandas().astype({"count": "Int64"}).set_index("id")
+    table = read_parquet(out, "delete it, and run the same command again").to_pandas()
+    table = table.astype({"count": "Int64"}).set_index("id")
     failed = list(table.index[table["count"].isna()])
     if not failed: return
     table.update(read(failed).to_pandas().astype({"count": "Int64"}).set_index("id"))
@@ -96,7 +97,7 @@ def _read_again(out, read):
     fixed = pa.Table.from_pandas(table.reset_index(), _SCHEMA, preserve_index=False)
     with atomic_write(out) as file: pq.write_table(fixed, file)
 
-# %% ../../nbs/03_fetch/04_index.ipynb #32d1f87d
+# %% ../../nbs/03_fetch/04_index.ipynb #a108e61d
 def index(
     out:str|Path, # Parquet file to write: id, count, problem
     bucket:Bucket=Bucket(), # bucket to read

@@ -69,7 +69,7 @@ def md5(
     "The MD5 of some bytes, to notice accidents and not attacks."
     return hashlib.md5(raw, usedforsecurity=False).digest()
 
-# %% ../../nbs/03_fetch/01_transfer.ipynb #1748e294
+# %% ../../nbs/03_fetch/01_transfer.ipynb #04d7f6d7
 LARGEST_OBJECT = 100_000_000 # bytes of a picture or a document, at most
 
 
@@ -78,7 +78,7 @@ def _download(bucket, store, key):
     with bucket.errors():
         answer = store.get(key)
         size, etag = answer.meta["size"], (answer.meta["e_tag"] or "").strip('"')
-        if size > LARGEST_OBJECT: raise ObjectError("broken", f"{size:,} bytes, and an object has {LARGEST_OBJECT:,} at most")
+        if size > LARGEST_OBJECT: raise ObjectError("broken", f"{size:,} bytes, which is more than {LARGEST_OBJECT:,}")
         raw = bytes(answer.bytes())
     if len(raw) != size: raise ObjectError("broken", f"{len(raw):,} of {size:,} bytes arrived", retry=True)
     digest, confirmed = md5(raw), bool(re.fullmatch("[0-9a-f]{32}", etag))

@@ -106,10 +106,10 @@ def set_seed(
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
 
-# %% ../../nbs/00_ground/00_core.ipynb #9db86227
+# %% ../../nbs/00_ground/00_core.ipynb #f3119166
 @contextlib.contextmanager
 def _open_regular(path):
-    "A descriptor of a regular file, open for reading, and its size. Raises `DataError` for anything else, and where the block cannot read."
+    "A descriptor of a regular file, open for reading, and its size. Raises `DataError` where there is none."
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
         fd = os.open(path, flags)
@@ -121,9 +121,10 @@ def _open_regular(path):
             yield fd, about.st_size
         finally: os.close(fd)
     except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})", "check the path and the permissions") from e
+        reason = getattr(e, "strerror", None) or e
+        raise DataError(f"{path}: cannot be read ({reason})", "check the path and the permissions") from e
 
-# %% ../../nbs/00_ground/00_core.ipynb #b639de62
+# %% ../../nbs/00_ground/00_core.ipynb #ff63d0a4
 def read_file(
     path:str|os.PathLike, # a regular file, or a link to one
     limit:int=100_000_000, # bytes, at most
@@ -131,7 +132,7 @@ def read_file(
     "The bytes of a regular file. Raises `DataError` for a special file, for one that is too large and for one that cannot be read."
     raw = b""
     with _open_regular(path) as (fd, size):
-        room = max(size + 1, 2**16)  # no more than it takes: a million bytes for each of a million documents would be slow
+        room = max(size + 1, 2**16)  # no more than it takes: a million bytes for each of many documents would be slow
         while len(raw) <= limit and (block := os.read(fd, min(room, limit + 1 - len(raw)))): raw += block
     if len(raw) > limit: raise DataError(f"{path}: more than {limit:,} bytes", "check that it is the right file")
     return raw

@@ -19,14 +19,14 @@ import pandas as pd
 
 from .core import DataError, atomic_write, read_file, regular_file, visible
 
-# %% ../../nbs/00_ground/05_tables.ipynb #3a3cdd0f
+# %% ../../nbs/00_ground/05_tables.ipynb #ba9d7c2e
 _FORMULA = re.compile("'*[=+@\t\r\n＝＋－＠-]")
 
 
 def to_cell(
     value, # of a table: a text, a number, None
 ): # a text that no program takes for a formula; anything else as it is
-    "A value for a CSV file: characters that act unseen are written out, and what looks like a formula begins with an apostrophe."
+    "A value for a CSV file: what acts unseen is written out, and what looks like a formula begins with an apostrophe."
     if not isinstance(value, str): return value
     value = visible(value)
     return f"'{value}" if _FORMULA.match(value) else value
@@ -56,7 +56,7 @@ def _separator(header, columns):
     if len(there) > 1: raise ValueError("more than one sign could be the separator; use commas alone")
     return there[0] if there else ","
 
-# %% ../../nbs/00_ground/05_tables.ipynb #b2fb4110
+# %% ../../nbs/00_ground/05_tables.ipynb #ed211fd1
 def csv_rows(
     lines:Iterable[str], # a table, such as an open text file
     columns=("id",), # a column that it should have, or some of which it should have one
@@ -75,15 +75,17 @@ def _cells(reader):
     header = [from_cell(name.strip()) for name in next(reader)]
     named = [i for i, name in enumerate(header) if name]
     names = [header[i] for i in named]
-    if twice := next((name for name in names if names.count(name) > 1), None): raise ValueError(f"two columns are called {twice!r}")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice: raise ValueError(f"two columns are called {twice!r}")
     yield names
     for row in reader:
         if not any(row): continue
-        if any(row[len(header):]): raise ValueError(f"line {reader.line_num} has {len(row)} cells, the first has {len(header)}")
+        if any(row[len(header):]):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells, the first has {len(header)}")
         row += [""] * (len(header) - len(row))
         yield [from_cell(row[i]) for i in named]
 
-# %% ../../nbs/00_ground/05_tables.ipynb #aa969a3e
+# %% ../../nbs/00_ground/05_tables.ipynb #2aaf10a7
 def encoding_of(
     start:bytes, # the first bytes of a text file
 )->str:
@@ -96,7 +98,8 @@ def decoded(
 )->str:
     "The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises `ValueError` for anything else."
     try: return raw.decode(encoding_of(raw))
-    except UnicodeDecodeError as e: raise ValueError(f"it is not UTF-8 text (byte {e.start}); a spreadsheet can save it as CSV UTF-8") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"it is not UTF-8 text (byte {e.start}); a spreadsheet can save it as CSV UTF-8") from e
 
 # %% ../../nbs/00_ground/05_tables.ipynb #f7a16cf6
 def parse_csv(

@@ -97,7 +97,7 @@ def manifest_file(
     if set(_COLUMNS) <= set(columns): return path
     raise UsageError(f"{path}: exists and is no manifest", "move it away, or pass another out")
 
-# %% ../../nbs/04_split/00_manifest.ipynb #a0d88cd0
+# %% ../../nbs/04_split/00_manifest.ipynb #8f20cd30
 _FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
@@ -105,7 +105,8 @@ def _class_folders(folder):
     "Rows (id, count, part) of the images in `train/1/ …`, or in `1/ …`, which is train."
     for path in sorted(folder.glob("*/*")) + sorted(folder.glob("*/*/*")):
         *part, count, name = path.relative_to(folder).parts
-        if not name.lower().endswith(SUFFIXES) or name[0] == "." or not re.fullmatch("[0-9]{1,4}", count) or visible(name) != name: continue
+        if not name.lower().endswith(SUFFIXES) or name[0] == "." or visible(name) != name: continue
+        if not re.fullmatch("[0-9]{1,4}", count): continue
         if not part: yield bin_id(name), count, "train"
         elif part[0] in _FOLDERS: yield bin_id(name), count, _FOLDERS[part[0]]
 

@@ -33,11 +33,11 @@ def _meets(bins, condition):
         met &= bins[name].astype("string").isin([str(v) for v in values]).to_numpy(dtype=bool)
     return met
 
-# %% ../../nbs/04_split/01_split.ipynb #47672a2e
+# %% ../../nbs/04_split/01_split.ipynb #2a6ac3c9
 def _only_ids(bins, ids):
     "The rows of `bins` that are named by a list of ids, by a path that `read_list` takes, or by class folders."
-    name = "ids"
-    if isinstance(ids, (str, os.PathLike)): name, ids = ids, (given_split if os.path.isdir(ids) else read_list)(ids)["id"]
+    name, is_path = "ids", isinstance(ids, (str, os.PathLike))
+    if is_path: name, ids = ids, (given_split if os.path.isdir(ids) else read_list)(ids)["id"]
     ids = list(dict.fromkeys(map(str, ids)))
     check_ids(ids, bins["id"], name)
     bins = bins[bins["id"].isin(ids)]
