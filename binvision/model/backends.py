@@ -69,7 +69,7 @@ def _refers(raw):
     parts = _messages(onnx.load_model_from_string(raw))
     return any(getattr(part, "data_location", 0) == onnx.TensorProto.EXTERNAL for part in parts)
 
-# %% ../../nbs/05_model/02_backends.ipynb #4de96124
+# %% ../../nbs/05_model/02_backends.ipynb #8c85290a
 def _short(error):
     "What a library says, on one line."
     return visible(" ".join(str(error).split()))[:200]
@@ -80,7 +80,7 @@ def _session(path, backend, threads):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3 if backend == "cuda" else 4  # 3 tells why CUDA does not start; other errors are raised
     if threads: options.intra_op_num_threads = threads
     providers = ["CUDAExecutionProvider"] * (backend == "cuda") + ["CPUExecutionProvider"]
     try:
