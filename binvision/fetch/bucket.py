@@ -54,12 +54,12 @@ def _credentials(profile):
         hint = "see `aws configure list-profiles`, or leave it out: the public bucket needs none"
         raise UsageError(f"profile {profile}: {e}", hint) from e
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #ddd940ee
+# %% ../../nbs/03_fetch/00_bucket.ipynb #1a6e444f
 def _check_endpoint(url):
     "Raise `UsageError` for the URL of an endpoint that no request can be sent to."
     try: fine = re.fullmatch("https?://[!-~]+", url) and AnyHttpUrl(url)
     except ValueError: fine = False
-    if not fine: raise UsageError(f"endpoint {short(url)}: not a URL", "pass one such as http://127.0.0.1:9000")
+    if not fine: raise UsageError(f"endpoint {short(url)}: not a URL", "it has to begin with http:// or https://, such as http://127.0.0.1:9000")
 
 
 @patch
