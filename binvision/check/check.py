@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Checked', 'check']
 
-# %% ../../nbs/09_check/16_check.ipynb #cf76b23c
+# %% ../../nbs/09_check/16_check.ipynb #4835513f
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -20,10 +20,11 @@ from fastcore.basics import patch
 
 from .evidence import Bins
 from .features import FeatureModel
-from .findings import WHOLE, CheckSettings, findings
-from .fit import load_evidence, look_stream
+from .findings import WHOLE, findings
+from .fit import EVIDENCE, bare_evidence, load_evidence, look_stream
 from .page import check_page, finding_html, read_record
 from .queue import Queue, queue, read_values
+from .settings import CheckSettings
 from .suspicion import checked_rates
 from ..data.images import data_folder, file_names
 from ..data.lists import read_labels
@@ -178,7 +179,7 @@ def _contents(data):
     rows = [(id, item["asin"], item["quantity"]) for id in ids for item in read_record(data, id, {})[1]]
     return pd.DataFrame(rows, columns=["id", "asin", "quantity"])
 
-# %% ../../nbs/09_check/16_check.ipynb #9a68820e
+# %% ../../nbs/09_check/16_check.ipynb #b41d2976
 @takes(CheckSettings)
 def check(
     model, # the path of a model folder that holds evidence
@@ -197,7 +198,8 @@ def check(
     "Compare every record of a data set with its picture. Raises `ModelError` without evidence, `DataError` and `UsageError` before it starts."
     settings, data = checked(CheckSettings, kwargs), data_folder(data)
     rates, out = None if rates is None else checked_rates(rates), output_folder(out, data)
-    network, fitted = FeatureModel(model), load_evidence(model)
+    bare = settings.picture_only and not (Path(model)/EVIDENCE).exists()
+    network, fitted = FeatureModel(model), bare_evidence(model) if bare else load_evidence(model)
     pictures = _first_pass(network, fitted, data, out, batch_size, overwrite)
     totals = _second_pass(fitted, data, pictures, out, rates, settings)
     prices = value not in (None, "units") and read_values(value).name == "asin"
