@@ -29,8 +29,8 @@ MAX_EXIF = 256_000 # bytes of EXIF data; a camera writes less than 64 kB
 MAX_READS = 50_000 # pieces in which a decoder asks for the bytes of a file
 MAX_HEAD = 4_000_000 # bytes that are read of a TIFF before its pixels
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #896ed5d8
-_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])") # in image data, FF is followed by 00 or by D0 to D7
+# %% ../../nbs/00_ground/03_bounds.ipynb #a781aa50
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]") # in image data, FF is followed by 00 or by D0 to D7
 
 
 def jpeg_segments(
@@ -38,11 +38,13 @@ def jpeg_segments(
 ): # pairs of a code and the content of its segment
     "Walk through the segments of a JPEG up to the end of its image, as a decoder does."
     at = 2
-    while (found := _MARKER.search(raw, at)) and found[1] != b"\xd9":
+    while found := _MARKER.search(raw, at):
         at = found.end()
-        if found[1] in b"\xd8\x01": continue  # these stand alone
+        code = raw[at-1]
+        if code == 0xD9: return  # the end
+        if code in (0xD8, 0x01): continue  # these stand alone
         size = max(2, int.from_bytes(raw[at:at+2], "big"))
-        yield found[1][0], raw[at+2:at+size]
+        yield code, raw[at+2:at+size]
         at += size
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #ccf30a7f
@@ -56,7 +58,7 @@ def _scans_allowed(frame, max_pixels):
     height, width = struct.unpack(">HH", frame[2:6])
     return min(MAX_SCANS, MAX_PASSES * max_pixels // max(1, height * width)) if height * width <= max_pixels else MAX_SCANS
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #eabdaccf
+# %% ../../nbs/00_ground/03_bounds.ipynb #b346e350
 def check_jpeg(
     raw:bytes, # a JPEG file
     max_pixels:int=MAX_PIXELS, # that a picture may have
@@ -66,7 +68,7 @@ def check_jpeg(
     for code, content in jpeg_segments(raw):
         if code in _RARE: raise Costly("a lossless or arithmetic JPEG")
         if code in _FRAMES: frame = (bytes([code]) + content).ljust(8, b"\0")
-        notes, exif = notes + (code in _NOTES), exif + len(content) * content.startswith(b"Exif\0")
+        if code in _NOTES: notes, exif = notes + 1, exif + len(content) * content.startswith(b"Exif\0")
         if notes > MAX_NOTES: raise Costly(f"a JPEG with more than {MAX_NOTES} pieces of metadata")
         if exif > MAX_EXIF: raise Costly(f"more than {MAX_EXIF:,} bytes of EXIF data")
         if code == 0xDA:
@@ -92,7 +94,7 @@ def check_png(
         if notes > MAX_NOTES: raise Costly(f"a PNG with more than {MAX_NOTES} pieces of metadata")
     raise Costly(f"a PNG of more than {MAX_READS:,} pieces")
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #e160a3ce
+# %% ../../nbs/00_ground/03_bounds.ipynb #4826d407
 class Metered(io.BytesIO):
     "A file in memory that counts what is read from it."
 
@@ -105,11 +107,11 @@ class Metered(io.BytesIO):
 
     def read(self, size=-1):
         "The next bytes. Raises `Costly`."
-        got = super().read(size)
-        self.reads, self.left = self.reads - 1, self.left - len(got)
-        if self.reads < 0: raise Costly(f"a file of more than {MAX_READS:,} pieces")
-        if self.left < 0: raise Costly("a file whose parts are read many times")
-        return got
+        got = io.BytesIO.read(self, size)
+        self.reads -= 1
+        self.left -= len(got)
+        if self.reads >= 0 and self.left >= 0: return got
+        raise Costly("a file whose parts are read many times" if self.reads >= 0 else f"a file of more than {MAX_READS:,} pieces")
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #d7c88ad4
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF") # Pillow's names of the formats that are opened

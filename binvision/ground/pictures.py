@@ -103,17 +103,18 @@ def _content(source):
     with contextlib.suppress(AttributeError, OSError): source.seek(0)  # a file that can be read once has no seek
     return source.read(MAX_BYTES + 1)
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #a73f42de
+# %% ../../nbs/00_ground/03_pictures.ipynb #99c102dc
 def _as_image(source, formats, max_pixels):
     "The source as a Pillow image, not decoded yet where it is a file."
-    image = _from_pixels(source) if isinstance(source, np.ndarray) or is_tensor(source) else source
-    if isinstance(image, Image.Image):
-        if image.width * image.height > max_pixels: raise Image.DecompressionBombError("too large")
-        if image.width * image.height: return image
-        raise ImageError(f"{source_name(source)}: has no pixels ({image.width} × {image.height})", "pass a picture", "empty")
-    raw = _content(source)
-    if not raw or len(raw) > MAX_BYTES: raise _problem(source, "heavy" if raw else "empty")
-    return open_bounded(raw, formats, max_pixels)
+    if isinstance(source, Image.Image): image = source
+    elif isinstance(source, np.ndarray) or is_tensor(source): image = _from_pixels(source)
+    else:
+        raw = _content(source)
+        if not raw or len(raw) > MAX_BYTES: raise _problem(source, "heavy" if raw else "empty")
+        image = open_bounded(raw, formats, max_pixels)
+    if image.width * image.height > max_pixels: raise Image.DecompressionBombError("too large")
+    if image.width * image.height: return image
+    raise ImageError(f"{source_name(source)}: has no pixels ({image.width} × {image.height})", "pass a picture", "empty")
 
 
 @contextlib.contextmanager
