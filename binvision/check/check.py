@@ -149,14 +149,15 @@ def _repr_html_(self:Checked):
     rows = self.rows(first)
     return f"<p><b>{self!r}</b></p>" + "".join(finding_html(rows[id], self.data) for id in first) + f"<p>… see {self.out.name}/check.html</p>"
 
-# %% ../../nbs/09_check/16_check.ipynb #d6a21af8
+# %% ../../nbs/09_check/16_check.ipynb #07fc704d
 def _first_pass(network, fitted, data, out, batch_size, overwrite):
     "The file of the first pass, complete. One that is there already is used again."
     path, reader = out/"pictures.parquet", _reader(network, fitted)
+    images = data/"bin-images" if (data/"bin-images").is_dir() else data
     if not overwrite and path.exists():
-        if is_read(path, reader, data): return path
+        if is_read(path, reader, images): return path
         raise UsageError(f"{path}: is about other pictures, or of another model", "pass another --out, or --overwrite")
-    read_to(reader, data, path, batch_size=batch_size, overwrite=overwrite)
+    read_to(reader, images, path, batch_size=batch_size, overwrite=overwrite)
     return path
 
 
