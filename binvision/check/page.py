@@ -33,7 +33,7 @@ def read_record(
     if row["quantity_sum"] == row["count"]: return row["count"], [item for item in items if item["quantity"] > 0], None
     return row["count"], [], f"the record contradicts itself: the quantities sum to {row['quantity_sum']}, EXPECTED_QUANTITY is {row['count']}"
 
-# %% ../../nbs/09_check/15_page.ipynb #fe056907
+# %% ../../nbs/09_check/15_page.ipynb #98e93987
 def in_words(
     finding:dict, # a row of findings
 )->str:
@@ -42,7 +42,7 @@ def in_words(
     if pd.isna(low): return finding["reason"] or "nothing can be said"
     plausible = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
     said = f"the record says {recorded:.0f}, plausible are {plausible} (by {finding['evidence']})" if pd.notna(recorded) else f"plausible are {plausible}"
-    doubt = "" if pd.isna(finding["p_wrong"]) else f"; the record is wrong with {finding['p_wrong']:.0%}, and would then be {finding['likely']:.0f}"
+    doubt = "" if pd.isna(finding["p_wrong"]) or pd.isna(finding["likely"]) else f"; the record is wrong with {finding['p_wrong']:.0%}, and would then be {finding['likely']:.0f}"
     if finding["reason"]: return f"{finding['verdict']}, because {finding['reason']}. {said[0].upper()}{said[1:]}."
     return f"{finding['verdict']}: {said}{doubt}."
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from .options import command
 from ..ground.core import UsageError, atomic_write
 
-# %% ../../nbs/13_cli/08_demo.ipynb #e9f83b60
+# %% ../../nbs/13_cli/08_demo.ipynb #21c202ae
 _DEMO = dict(arch="binvision_tiny", weights=None, size=96, epochs=16, frozen_epochs=0, patience=16, augment=0, loss="ordinal", ema=.98)
 _LEFT = {
     "data": "the synthetic bins: bin-images/ and metadata/",
@@ -27,6 +27,8 @@ _LEFT = {
     "run": "the training: config.json, lr_find.png, history.csv, curves.png, and the model in run/model",
     "report": "how good the model is: report.html, metrics.json, predictions.csv",
     "predictions.csv": "what the model says of the test pictures",
+    "today": "the test bins again, and 5 % of their records are falsified: falsified.csv names them",
+    "check": "these records against the pictures: check.html, queue.csv, findings.parquet",
 }
 
 # %% ../../nbs/13_cli/08_demo.ipynb #0aad49bb
@@ -43,7 +45,7 @@ def _demo_folder(out):
     lines = [_TITLE, "=" * len(_TITLE), "", *(f"{name:18} {what}" for name, what in _LEFT.items())]
     with atomic_write(left, "w") as file: file.write("\n".join(lines) + "\n")
 
-# %% ../../nbs/13_cli/08_demo.ipynb #3bc9dc01
+# %% ../../nbs/13_cli/08_demo.ipynb #9484b505
 def _demo_data(out, n, seed):
     "Draw bins, look at them, and divide them; the data set folder."
     from binvision.data.catalogue import catalogue
@@ -52,16 +54,16 @@ def _demo_data(out, n, seed):
     from binvision.split.split import split
     from binvision.synthetic.synthesize import synthesize
 
-    typer.echo(f"1/6 synthesize: {n:,} bins")
+    typer.echo(f"1/7 synthesize: {n:,} bins")
     data = synthesize(out/"data", n=n, seed=seed, max_side=256)
-    typer.echo("2/6 catalogue and explore")
+    typer.echo("2/7 catalogue and explore")
     cat = catalogue(data, out/"catalogue")
     explore(data, out/"explore", cat)
-    typer.echo("3/6 split")
+    typer.echo("3/7 split")
     typer.echo(f"    manifest {write_manifest(split(cat, seed=seed), out/'manifest.csv')[:12]}…")
     return data
 
-# %% ../../nbs/13_cli/08_demo.ipynb #fc636ae7
+# %% ../../nbs/13_cli/08_demo.ipynb #16ae332b
 def _demo_training(out, data, seed, settings):
     "Search a learning rate and train; the run folder is `out/run`."
     from binvision.ground.core import set_seed
@@ -69,7 +71,7 @@ def _demo_training(out, data, seed, settings):
     from binvision.train.learner import suggest_lr
     from binvision.train.loaders import bin_dataloaders
 
-    typer.echo(f"4/6 train: {settings['arch']} at {settings['size']} pixels from random weights, to be done in minutes and\n"
+    typer.echo(f"4/7 train: {settings['arch']} at {settings['size']} pixels from random weights, to be done in minutes and\n"
                "    without a download. The default of binvision train is a pretrained resnet50 at 224 pixels")
     set_seed(seed)
     dls = bin_dataloaders(data, out/"manifest.csv", settings["size"], augment=0)
@@ -77,6 +79,33 @@ def _demo_training(out, data, seed, settings):
     typer.echo(f"lr_find suggests {lr:.2g}; the training takes five times that")
     train(data, out/"manifest.csv", out/"run", seed=seed, **settings, lr=5*lr)
     with atomic_write(out/"run/lr_find.png") as file: picture.savefig(file, dpi=110)
+
+# %% ../../nbs/13_cli/08_demo.ipynb #b2b8c768
+def _falsified(out, data, ids, seed):
+    "The test bins as a data set folder of their own, with 5 % of the records falsified; what was falsified."
+    from binvision.check.errors import falsify_documents
+    from binvision.check.suspicion import RATES
+    from binvision.ground.folders import temporary_folder
+
+    with temporary_folder() as spare:
+        for folder, ending in (("bin-images", ".jpg"), ("metadata", ".json")):
+            (spare/folder).mkdir()
+            for id in ids: shutil.copy2(data/folder/f"{id}{ending}", spare/folder)
+        return falsify_documents(spare, out/"today", RATES, .05, seed, range(1, 6))
+
+# %% ../../nbs/13_cli/08_demo.ipynb #2c4396dc
+def _demo_check(out, data, model, ids, seed):
+    "Check falsified records, and say how many of them a person would find in the first tenth of the queue."
+    from binvision.check.check import check
+    from binvision.check.fit import EVIDENCE
+
+    typer.echo("7/7 check the records of the test bins, of which 5 % have just been falsified")
+    if not (model/EVIDENCE).exists(): return typer.echo("    left out: too few bins to calibrate a check with; take more than --n 150")
+    changed = _falsified(out, data, ids, seed).changes
+    done = check(model, out/"today", out/"check", budget=max(1, len(ids) // 10), random=0)
+    found = done.queue.table["id"].isin(changed["id"]).sum()
+    typer.echo(f"    {found} of {len(changed)} wrong records stand in the first tenth of the queue ({len(done.queue.table)} of {done.n} bins);\n"
+               f"    a random tenth holds {len(changed) / 10:.1f} of them on average. Open {out/'check'/'check.html'}")
 
 # %% ../../nbs/13_cli/08_demo.ipynb #b9979c81
 def _next(out):
@@ -97,7 +126,7 @@ def _demo_result(out, result):
     typer.echo(f"\n{table.to_string(float_format='{:.3f}'.format)}\n({result['metrics']['n']} test bins)\n")
     typer.echo(f"open {out/'report'/'report.html'}; everything else: {out/'README.txt'}\n\nnext:\n{_next(out)}")
 
-# %% ../../nbs/13_cli/08_demo.ipynb #d88914c1
+# %% ../../nbs/13_cli/08_demo.ipynb #8532bac1
 @command
 def _demo(
     out:Path=Path("binvision-demo"), # folder to make; what an earlier demo left there is replaced
@@ -114,9 +143,11 @@ def _demo(
     _demo_folder(out)
     data, manifest, model = _demo_data(out, n, seed), out/"manifest.csv", out/"run"/"model"
     _demo_training(out, data, seed, _DEMO | {"size": size, "epochs": epochs})
-    typer.echo("5/6 evaluate on the test part")
+    typer.echo("5/7 evaluate on the test part")
     result = evaluate(model, data, manifest, "test", out/"report")
-    typer.echo("6/6 predict the test pictures")
-    answers = predict(model, list(manifest_images(data, manifest, "test").path)).to_frame()
+    typer.echo("6/7 predict the test pictures")
+    test = manifest_images(data, manifest, "test")
+    answers = predict(model, list(test.path)).to_frame()
     with atomic_write(out/"predictions.csv", "w") as file: answers.to_csv(file, index=False)
+    _demo_check(out, data, model, test.id, seed)
     _demo_result(out, result)

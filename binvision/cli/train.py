@@ -57,7 +57,7 @@ def _kept(out):
     if (out/"checkpoints/last.safetensors").exists(): return "the epochs so far are kept; to go on, repeat the command with --resume"
     return "no epoch was finished, so there is no model; to begin again, run the same command"
 
-# %% ../../nbs/13_cli/04_train.ipynb #79827524
+# %% ../../nbs/13_cli/04_train.ipynb #2dcb46ba
 @command
 @takes(TrainSettings)
 def _train(
@@ -71,7 +71,7 @@ def _train(
 ):
     "Train a model on a manifest. The epoch that is best on the valid part is kept."
     out = _run_folder(out)
-    from binvision.train.train import train
+    from binvision.learner import train
 
     try: train(data, manifest or data/"manifest.csv", out, overwrite, resume, **kwargs)
     except KeyboardInterrupt: raise KeyboardInterrupt(_kept(out)) from None
