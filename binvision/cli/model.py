@@ -90,17 +90,19 @@ def _pictures(source, root):
     if source.is_dir(): return list_pictures(source)
     return [path for _, path in list_sources(source, root)] if source.suffix.lower() in LISTS else [source]
 
-# %% ../../nbs/13_cli/05_model.ipynb #2bb6f402
+# %% ../../nbs/13_cli/05_model.ipynb #ef693696
 def _print_answers(model, paths, batch_size, as_json):
     "Print a line a picture; the pictures without a count, with their reasons."
     from binvision.model.predict import predict_stream
 
-    failed = []
-    if not as_json: say("count  sure   mean  picture")
+    failed, sized = [], bool(model.card.get("plausible"))
+    if not as_json: say(f"count  {'plausible  ' * sized}sure   mean  picture")
     for p in predict_stream(model, paths, batch_size):
         if p.error: failed.append((p.source, p.error.removeprefix(f"{p.source}: ")))
         if as_json: say(json.dumps(p.to_dict(), ensure_ascii=False))
-        elif not p.error: say(f"{p.count:5}  {p.confidence:4.0%}  {p.mean:5.2f}  {visible(p.source)}")
+        elif not p.error:
+            plausible = f"{p.low}–{p.high}".rjust(9) + "  " if sized else ""
+            say(f"{p.count:5}  {plausible}{p.confidence:4.0%}  {p.mean:5.2f}  {visible(p.source)}")
     return failed
 
 # %% ../../nbs/13_cli/05_model.ipynb #50c9af68

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Card', 'read_card', 'check_file', 'save_model']
 
-# %% ../../nbs/05_model/01_folder.ipynb #f2f4acb8
+# %% ../../nbs/05_model/01_folder.ipynb #9de5ba0f
 import json
 import os
 import reprlib
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..ground.core import DataError, ModelError, read_file, regular_file, sha256, visible
@@ -33,7 +33,7 @@ _Counts = Annotated[list[_Count], Field(min_length=1, max_length=10_000), AfterV
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _File = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,99}$")]
 
-# %% ../../nbs/05_model/01_folder.ipynb #b5be232e
+# %% ../../nbs/05_model/01_folder.ipynb #6a400a37
 _Mean = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 _Std = Annotated[list[Annotated[float, Field(ge=1e-4, le=1000)]], Field(min_length=3, max_length=3)]
 
@@ -42,7 +42,13 @@ class _Training(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     manifest:str|None = None # the file that the training read
 
-# %% ../../nbs/05_model/01_folder.ipynb #e35be331
+
+class _Plausible(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    level:Annotated[float, Field(gt=0, lt=1)] # the share of bins whose range holds the truth
+    least:list[Annotated[float, Field(ge=0, le=1)]] # for each count the probability from which it is plausible
+
+# %% ../../nbs/05_model/01_folder.ipynb #a6177b43
 FORMAT = 1 # of card.json; raised when an older library could misread a newer folder
 
 
@@ -60,6 +66,13 @@ class Card(BaseModel):
     members:Annotated[list[_Arch], Field(min_length=1, max_length=100)] = [] # architectures of an ensemble's networks
     training:_Training|None = None # its settings
     manifest_sha256:_Sha256|None = None # of the split that it was trained on
+    plausible:_Plausible|None = None # written by binvision.check.fit.save_evidence
+
+    @field_validator("plausible")
+    @classmethod
+    def _fits(cls, plausible, info):
+        if plausible is None or len(plausible.least) == len(info.data.get("counts", plausible.least)): return plausible
+        raise PydanticCustomError("number", "should have as many numbers in least as there are counts")
 
 # %% ../../nbs/05_model/01_folder.ipynb #90f4f0c8
 _AGAIN = "copy the whole model folder again from where it was made"
