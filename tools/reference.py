@@ -20,6 +20,7 @@ WINGS = {
     "train": ("Train", "Networks, loaders, fine-tuning with fastai, checkpoints, and the folder that a training leaves."),
     "evaluate": ("Evaluate", "Figures with intervals, compared with constants; explanations; ensembles; the report."),
     "search": ("Search", "Which settings train best: a study that processes and machines share."),
+    "check": ("Check", "The record against the picture: evidence, verdicts, the queue, estimates, changes, labels, drift."),
     "serve": ("Serve", "A model as an HTTP service, with limits and a page for people."),
     "cli": ("Commands", "The command line, with a table of the options of each command."),
 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Checked', 'check']
 
-# %% ../../nbs/09_check/16_check.ipynb #4835513f
+# %% ../../nbs/09_check/16_check.ipynb #bf3123db
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from fastcore.basics import patch
 
 from .evidence import Bins
@@ -131,7 +132,7 @@ class Checked:
         return f"Checked: {self.n:,} bins, " + ", ".join(f"{verdicts.get(name, 0):,} {word}" for name, word in
                                                          (("disagrees", "disagree"), ("agrees", "agree"), ("unsure", "unsure")))
 
-# %% ../../nbs/09_check/16_check.ipynb #9adf6fc0
+# %% ../../nbs/09_check/16_check.ipynb #b49abada
 @patch
 def rows(self:Checked,
     ids, # of bins
@@ -139,7 +140,7 @@ def rows(self:Checked,
     "Some of the findings, by id."
     import pyarrow.parquet as pq
 
-    table = pq.read_table(self.out/"findings.parquet", filters=[("id", "in", list(ids))]).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    table = pq.read_table(self.out/"findings.parquet", filters=pc.field("id").isin(pa.array(list(ids), pa.string()))).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return {row["id"]: row for row in table.to_dict("records")}
 
 
