@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EVIDENCE', 'look_stream', 'look_all', 'Fitted', 'fit_check', 'save_evidence', 'load_evidence', 'bare_evidence']
 
-# %% ../../nbs/09_check/13_fit.ipynb #b39fc499
+# %% ../../nbs/09_check/13_fit.ipynb #5c48743c
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,13 @@ def fit_check(
     evidence = fit_evidence(learnt, network.card["counts"], seed)
     return Fitted(evidence, calibrate(evidence, compared, seed), fences(seen[~np.isnan(seen[:, 0])]), read_card(model)["files"]["model.onnx"])
 
-# %% ../../nbs/09_check/13_fit.ipynb #0184f5ba
+# %% ../../nbs/09_check/13_fit.ipynb #0b54e837
+def _write_plausible(model, calibration, level=.9):
+    "Note in the card from which probability each count is plausible for a picture alone."
+    card = read_card(model) | {"plausible": {"level": level, "least": calibration.least(level)}}
+    with atomic_write(Path(model)/"card.json", "w") as file: file.write(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+
+# %% ../../nbs/09_check/13_fit.ipynb #a8c91007
 EVIDENCE = "evidence.safetensors" # in a model folder
 
 
@@ -122,6 +129,7 @@ def save_evidence(
     path = Path(model)/EVIDENCE
     with atomic_write(path) as file:
         file.write(save({name: np.ascontiguousarray(a, float) for name, a in arrays.items()}, {"network": fitted.network}))
+    _write_plausible(model, fitted.calibration)
     return path
 
 # %% ../../nbs/09_check/13_fit.ipynb #1adf61c2

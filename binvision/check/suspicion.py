@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['RATES', 'checked_rates']
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #8350f0a7
+# %% ../../nbs/09_check/06_suspicion.ipynb #377b8e34
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -122,3 +124,16 @@ def suspicion(self:Evidence,
     told = (said.source != "none") & np.isin(bins.recorded, self.counts) & ~np.isnan(said.base).any(axis=1)
     p = 1 - right / (right + wrong.sum(axis=1))
     return pd.DataFrame({"p_wrong": np.where(told, p, np.nan), "likely": np.where(told, np.array(self.counts)[other.argmax(axis=1)], np.nan)}, bins.ids)
+
+# %% ../../nbs/09_check/06_suspicion.ipynb #3eb575f7
+@patch
+def picture_odds(self:Evidence,
+    rates:dict|None=None, # kind of error → share of all records; None for RATES
+)->np.ndarray: # counts × counts: W
+    "Weights of the odds that a record is wrong, for a picture alone. Raises `UsageError` for rates that are none."
+    n, rates = len(self.counts), checked_rates(rates)
+    certain, recorded = np.tile(np.eye(n), (n, 1)), np.repeat(np.array(self.counts, float), n)
+    alone = replace(self, items=None, matcher=None)
+    bins = Bins(np.arange(n * n).astype(str).astype(object), recorded, certain, certain, pd.DataFrame(columns=["id"]))
+    right, wrong = alone._hypotheses(bins, alone.said(bins), rates)
+    return wrong.sum(axis=1).reshape(n, n) / right.reshape(n, n).diagonal()[:, None]

@@ -146,6 +146,20 @@ def ranges(self:Calibration,
     inside[np.arange(len(p)), np.nan_to_num(posterior).argmax(axis=1)] = True
     return inside.argmax(axis=1), inside.shape[1] - 1 - inside[:, ::-1].argmax(axis=1)
 
+# %% ../../nbs/09_check/12_verdict.ipynb #c28d9f7a
+@patch
+def least(self:Calibration,
+    level:float=.9, # the share of bins whose set holds the truth
+)->list: # a probability for each count
+    "From which probability each count is plausible for a picture alone; 0 where nothing is known."
+    right, found = ~self.wrong & (self.source == SOURCES.index("picture")), []
+    known = self.groups[pd.Index(self.counts).get_indexer(self.count)]
+    for g in self.groups:
+        mass = np.sort(self.mass[right & (known == g)])
+        p = np.arange(1, len(mass) + 2) / (len(mass) + 1)  # with 0, 1, 2, … calibration bins that are odder
+        found.append(float(np.append(0, mass)[np.argmax(p > 1 - level)]))
+    return found
+
 # %% ../../nbs/09_check/12_verdict.ipynb #1cc4d6cf
 _FIELDS = ("source", "count", "odd", "mass", "wrong", "counts", "groups")
 
