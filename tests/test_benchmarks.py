@@ -68,3 +68,34 @@ def test_models_are_compared_with_the_first_and_averaged():
     assert list(table.seeds) == [1, 2, 1] and (table.loc["nothing", [c for c in table if c.endswith("change")]] == "0.000 to 0.000").all()
     assert list(table.accuracy) == [pytest.approx((labels == 1).mean(), abs=1e-4), 1, 1]
     assert table["negative log likelihood"].to_numpy() == pytest.approx([np.log(5), -(np.log(.36) + np.log(.68)) / 2, -np.log(.52)], abs=1e-3)
+
+
+def test_the_bench_of_the_check_runs_for_a_model_without_evidence(tmp_path):
+    from check import measure
+
+    from binvision.data.catalogue import catalogue
+    from binvision.split.split import split
+    from binvision.synthetic.synthesize import synthesize
+
+    data = synthesize(tmp_path / "bins", n=160, seed=5, max_side=48)
+    manifest = split(catalogue(data, images=False), counts=range(1, 6), valid=.3, test=.3, seed=0)
+    small = Path(__file__).parents[1] / "nbs/models/small"
+    before = sorted(p.name for p in small.iterdir())
+    tables, summary = measure(small, data, manifest, draws=2, splits=2, share=.2)
+    assert sorted(p.name for p in small.iterdir()) == before
+    assert summary["test"] == (manifest.part == "test").sum() and list(tables["count"].columns[:2]) == ["evidence", "accuracy"]
+    assert (tables["count"]["accuracy low"] <= tables["count"]["accuracy"]).all() and tables["resplits"]["n"].max() == 2
+    assert set(tables["lift"].error) >= {"one off", "swapped", "missing or extra item"} and tables["lift"].lift.between(0, 10).all()
+    assert tables["verdicts"].set_index("records").sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+def test_a_queue_by_the_truth_has_the_highest_lift_and_one_by_nothing_none():
+    from check import lac_threshold, lifts, resampled
+
+    groups, at, draw = np.arange(400) // 2, np.arange(16), np.repeat([0, 1], 8)
+    weights, right = resampled(groups, 50), np.random.default_rng(0).random(400)
+    assert (weights[:, 0] == weights[:, 1]).all() and weights.sum(axis=1) == pytest.approx(400)
+    assert lifts(right, np.full(16, 2.), draw, at, weights)["lift"] == 10
+    assert lifts(right, np.full(16, -1.), draw, at, weights)["lift"] == 0
+    mass = np.arange(1, 100) / 100
+    assert lac_threshold(mass, .9) == .1 and (mass >= .1).mean() == pytest.approx(.9, abs=.02)
