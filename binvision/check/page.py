@@ -18,7 +18,7 @@ from ..ground.core import DataError, read_file, visible
 from ..ground.pictures import thumbnail
 from ..ground.show import ACCENT, MAIN
 
-# %% ../../nbs/09_check/15_page.ipynb #3f5831f0
+# %% ../../nbs/09_check/15_page.ipynb #6f727139
 def read_record(
     data:Path, # the data set folder
     id:str, # a bin
@@ -30,20 +30,21 @@ def read_record(
     except DataError as e:
         if os.path.lexists(path): return None, [], e.problem
         return labels.get(id), [], None
-    if row["quantity_sum"] == row["count"]: return row["count"], [item for item in items if item["quantity"] > 0], None
-    return row["count"], [], f"the record contradicts itself: the quantities sum to {row['quantity_sum']}, EXPECTED_QUANTITY is {row['count']}"
+    wrong = f"the record contradicts itself: the quantities sum to {row['quantity_sum']}, EXPECTED_QUANTITY is {row['count']}"
+    return row["count"], [item for item in items if item["quantity"] > 0], None if row["quantity_sum"] == row["count"] else wrong
 
-# %% ../../nbs/09_check/15_page.ipynb #98e93987
+# %% ../../nbs/09_check/15_page.ipynb #c386f63e
 def in_words(
     finding:dict, # a row of findings
 )->str:
     "What a finding says, in a sentence or two."
     low, high, recorded = finding["low"], finding["high"], finding["recorded"]
-    if pd.isna(low): return finding["reason"] or "nothing can be said"
+    reason = None if pd.isna(finding["reason"]) else finding["reason"]
+    if pd.isna(low): return reason or "nothing can be said"
     plausible = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
     said = f"the record says {recorded:.0f}, plausible are {plausible} (by {finding['evidence']})" if pd.notna(recorded) else f"plausible are {plausible}"
     doubt = "" if pd.isna(finding["p_wrong"]) or pd.isna(finding["likely"]) else f"; the record is wrong with {finding['p_wrong']:.0%}, and would then be {finding['likely']:.0f}"
-    if finding["reason"]: return f"{finding['verdict']}, because {finding['reason']}. {said[0].upper()}{said[1:]}."
+    if reason: return f"{finding['verdict']}, because {reason}. {said[0].upper()}{said[1:]}."
     return f"{finding['verdict']}: {said}{doubt}."
 
 # %% ../../nbs/09_check/15_page.ipynb #21ee9a69
@@ -77,7 +78,7 @@ def finding_html(
     "One bin: photo, record, plausible counts with the recorded one marked, verdict in words."
     return str(_template("finding.html").module.bin(_view(finding, data, read_record(data, finding["id"], {})[1])))
 
-# %% ../../nbs/09_check/15_page.ipynb #ea59f3f3
+# %% ../../nbs/09_check/15_page.ipynb #9d0aee96
 def _figures(totals, n):
     "The headline figures."
     by = totals.groupby("verdict")["n"].sum()
@@ -86,12 +87,15 @@ def _figures(totals, n):
 
 
 def _table(totals, column):
-    "How often each verdict was given, by a column."
+    "How often each verdict was given, by a column; counts about which nothing can be said share a row."
     table = totals.assign(**{column: totals[column].astype(object).where(totals[column].notna(), "no record")})
     table = table.pivot_table(index=column, columns="verdict", values="n", aggfunc="sum", fill_value=0, sort=False)
     table = table.reindex(columns=["disagrees", "agrees", "unsure"], fill_value=0).astype(int)
+    silent = (table[["disagrees", "agrees"]].sum(axis=1) == 0) & (table.index != "no record")
+    if silent.sum() > 3:
+        table = pd.concat([table[~silent], table[silent].sum().rename("other counts").to_frame().T])
     table["share that disagrees"] = (table["disagrees"] / table.sum(axis=1)).map("{:.1%}".format)
-    return table.rename_axis(columns=None).to_html(border=0)
+    return table.rename_axis(index=None, columns=column).to_html(border=0)
 
 # %% ../../nbs/09_check/15_page.ipynb #fbb6815e
 def check_page(
