@@ -97,10 +97,10 @@ def special(request, tmp_path):
 
 @pytest.fixture
 def quick():
-    "Fails a test that takes ten seconds: nothing here may wait for a pipe or read without an end."
+    "Fails a test that takes a minute: nothing here may wait for a pipe or read without an end."
     start = time.monotonic()
     yield
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # on a busy machine; what it guards against never ends
 
 
 def test_a_document_that_is_no_file_is_a_problem(tmp_path, special, quick):
@@ -281,12 +281,9 @@ def test_ids_that_look_like_formulas_survive_their_manifest(tmp_path):
 
 
 def test_a_name_that_acts_unseen_is_no_id(tmp_path):
-    for id in UNSEEN_NAMES + ["00001"]:
-        picture(tmp_path / "bin-images" / f"{id}.jpg")
-        (tmp_path / "metadata").mkdir(exist_ok=True)
-        (tmp_path / "metadata" / f"{id}.json").write_text(json.dumps(RECORD))
-    tables = catalogue(tmp_path, out=tmp_path / "cat")
-    assert tables.bins["id"].tolist() == ["00001"] and list(find_images(tmp_path)) == ["00001"]
+    data = folder(tmp_path / "bins", UNSEEN_NAMES + ["00001"])
+    tables = catalogue(data, out=tmp_path / "cat")
+    assert tables.bins["id"].tolist() == ["00001"] and list(find_images(data)) == ["00001"]
     unseen = tables.problems[tables.problems["reason"].str.contains("unseen")]
     assert len(unseen) == 2 * len(UNSEEN_NAMES) and unseen["file"].map(lambda name: visible(name) == name).all()
     assert_safe_csv(tmp_path / "cat" / "problems.csv")
@@ -363,7 +360,7 @@ def test_a_name_that_is_not_utf8_reaches_a_terminal(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- a corpus
-corpus = settings(max_examples=150, deadline=timedelta(seconds=10), derandomize=True, database=None,
+corpus = settings(max_examples=150, deadline=timedelta(seconds=30), derandomize=True, database=None,
                   suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 texts = st.text(max_size=12) | st.sampled_from(["", "523", "00523", "in", "IN", "pounds", "=1+1", "\x1b[2J", "\u202e", "\x00", "٣", "１"])
 numbers = st.integers(-2**70, 2**70) | st.floats() | st.sampled_from([0, 1, 2, 1.0, -1, 1e308, 10**6, 10**6 + 1])
@@ -467,14 +464,16 @@ def shelf(tmp_path_factory): return folder(tmp_path_factory.mktemp("shelf"), IDS
 @given(raw=csv_files())
 def test_any_labels(shelf, raw):
     with tempfile.TemporaryDirectory() as home:
-        for name in ("bin-images", "metadata"): (Path(home) / name).symlink_to(shelf / name)
-        (Path(home) / "labels.csv").write_bytes(raw)
-        try: tables = catalogue(home, out=Path(home) / "cat", images=False)
+        data, out = Path(home) / "bins", Path(home) / "cat"
+        data.mkdir()
+        for name in ("bin-images", "metadata"): (data / name).symlink_to(shelf / name)
+        (data / "labels.csv").write_bytes(raw)
+        try: tables = catalogue(data, out=out, images=False)
         except DataError as e: assert "labels.csv" in e.problem and e.problem == visible(e.problem, "\n")
         else:
             assert len(tables.bins) == 4
-            assert_safe_csv(Path(home) / "cat" / "problems.csv")
-            pd.testing.assert_frame_equal(read_catalogue(Path(home) / "cat").problems, tables.problems)
+            assert_safe_csv(out / "problems.csv")
+            pd.testing.assert_frame_equal(read_catalogue(out).problems, tables.problems)
 
 
 @corpus
