@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'terminal', 'sigterm_as_ctrl_c', 'say', 'fail', 'guarded', 'name_failures']
 
-# %% ../../nbs/13_cli/00_app.ipynb #6df4c6ee
+# %% ../../nbs/13_cli/00_app.ipynb #8109ad7f
 import functools
 import os
 import re
 import shlex
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -55,21 +56,28 @@ _Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_
 @app.callback()
 def _main(version:_Version=False): pass
 
-# %% ../../nbs/13_cli/00_app.ipynb #fc435af2
+# %% ../../nbs/13_cli/00_app.ipynb #c5a05ecf
 @contextmanager
 def sigterm_as_ctrl_c()->Iterator[list]: # holds the number of the signal once it has come
     "Let SIGTERM raise `KeyboardInterrupt` during the block, where it would have ended the process."
-    came = []
+    came, usual = [], sys.unraisablehook
     def stop(number, frame):
         came.append(number)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if mine: signal.signal(signal.SIGTERM, stop)
+    def lost(about):
+        if not (came and about.exc_type == KeyboardInterrupt): return usual(about)
+        signal.signal(signal.SIGTERM, stop)
+        threading.Timer(.05, signal.raise_signal, [signal.SIGTERM]).start()
+
+    if threading.current_thread() != threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL: return (yield came)
+    signal.signal(signal.SIGTERM, stop)
+    sys.unraisablehook = lost
     try: yield came
     finally:
-        if mine: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = usual
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # %% ../../nbs/13_cli/00_app.ipynb #e3e2a272
 def say(
@@ -88,11 +96,12 @@ def fail(
     say(message, err=True)
     raise typer.Exit(status)
 
-# %% ../../nbs/13_cli/00_app.ipynb #9c1ff4c4
+# %% ../../nbs/13_cli/00_app.ipynb #88a10422
 def _stopped(error, status):
     "End a command that was stopped: with what the error says is kept, if it says so."
-    said = str(error) if isinstance(error, KeyboardInterrupt) else ""
-    fail(f"stopped: {said or 'nothing half-written is left; to go on, run the same command again'}", status)
+    kept = "nothing half-written is left; to go on, run the same command again"
+    if isinstance(error, KeyboardInterrupt): fail(f"stopped: {error or kept}", status)
+    fail(f"stopped: {kept} ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})", status)
 
 
 def guarded(

@@ -117,15 +117,15 @@ def _writers(learn, log, best, checkpoint, tensorboard):
     if num_distrib() > 1: cbs.append(many_processes(learn.dls.device))
     return cbs
 
-# %% ../../nbs/06_train/09_learner.ipynb #2e78aec7
+# %% ../../nbs/06_train/09_learner.ipynb #b782288b
 @contextmanager
 def _tidy(learn, best):
     "Train silently; after Ctrl-C the learner has the best weights so far."
-    loss = learn.loss_func
+    loss, loaders = learn.loss_func, list(learn.dls.loaders)
     try:
         with learn.no_bar(), learn.no_logging(): yield
     except KeyboardInterrupt:
-        learn.model = get_model(learn.model)
+        learn.model, learn.dls.loaders = get_model(learn.model), loaders  # without what joins several processes
         best.put_back(learn)
         raise
     finally: learn.loss_func = loss  # some callbacks exchange it while they train
