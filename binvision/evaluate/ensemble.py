@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mirrored', 'ensemble']
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #c4927924
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #72317245
 import os
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..ground.core import DataError, UsageError, sha256
 from ..ground.machine import versions
+from ..ground.outputs import output_folder
 from ..split.manifest import manifest_images
 from ..model.predict import Model, load_model, predict
 from ..model.scores import softmax
@@ -93,7 +94,7 @@ def _ensemble_card(models, manifest, temperature, scored):
             "training": {"manifest": str(manifest), "members": [m.card.get("training") for m in models]},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #db945571
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #655e7783
 def ensemble(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # the manifest that all members were trained on
@@ -104,10 +105,10 @@ def ensemble(
     from binvision.train.networks import Average, load_torch  # torch is slow to load, and Mirrored does not need it
     from binvision.train.publish import save_torch
 
-    out, opened = Path(out), [m if isinstance(m, Model) else load_model(m, "fp32") for m in models]
+    out = output_folder(out, data)
+    if out.is_dir() and any(out.iterdir()): raise UsageError(f"{out}: is not empty", "choose another out")
+    opened = [m if isinstance(m, Model) else load_model(m, "fp32") for m in models]
     _check_members(opened, manifest)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: is not empty", "choose another out")
     temperature, scored = _calibrate_mean(opened, _valid_rows(data, manifest))
     average = Average([load_torch(m.folder) for m in opened], temperature)
     save_torch(out/"model", _ensemble_card(opened, manifest, temperature, scored), average)

@@ -5,20 +5,25 @@
 # %% auto #0
 __all__ = ['resample', 'interval', 'metrics', 'constants', 'metrics_table', 'class_table']
 
-# %% ../../nbs/07_evaluate/01_metrics.ipynb #6b87951f
+# %% ../../nbs/07_evaluate/01_metrics.ipynb #1c5517f0
+from typing import Annotated
+
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from ..ground.core import UsageError, rng
+from ..ground.settings import Seed, with_rules
 from .figures import FIGURES, PER_CLASS, STEPS, Answers, confidence_step, figures_of, image_sums
 from .figures import decode
 
-# %% ../../nbs/07_evaluate/01_metrics.ipynb #50f8da9a
+# %% ../../nbs/07_evaluate/01_metrics.ipynb #7a1cff07
+@with_rules
 def resample(
     rows:np.ndarray, # (images, columns), such as those of image_sums
     groups:np.ndarray, # (images,), group numbers from 0
-    n_boot:int=1000, # resamples
-    seed:int=0, # draws them
+    n_boot:Annotated[int, Field(ge=0, le=100_000)]=1000, # resamples
+    seed:Seed=0, # draws them
 )->tuple[np.ndarray, np.ndarray]: # sums over all images (columns,), and over each resample (n_boot, columns)
     "Sum rows over all images and over resamples of whole groups (Efron 1979; Field and Welsh 2007)."
     order = np.argsort(groups, kind="stable")

@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['evaluate', 'read_predictions']
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #c7113f4d
+# %% ../../nbs/07_evaluate/06_report.ipynb #bb90ec52
 import json
 import os
 from datetime import date
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 from tqdm import tqdm
 
 from ..ground.core import DataError, ModelError, UsageError, atomic_write, sha256, visible
 from ..ground.machine import hardware, versions
+from ..ground.outputs import output_folder
+from ..ground.settings import Batch, Seed, with_rules
 from ..ground.show import figure, html_page
 from ..ground.tables import read_csv, write_csv
 from ..split.manifest import manifest_images, read_manifest
@@ -176,13 +180,7 @@ def _sections(result, table, model, cams):
         ("Images that could not be opened", [failed], len(failed)),
         ("Circumstances", [pd.Series(_flat(rest), name="value").to_frame()], True)) if wanted]
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #2d549f57
-def _check_writable(out):
-    "Find a full disk or a read-only folder before the work."
-    with atomic_write(out/".writable"): pass
-    (out/".writable").unlink()
-
-
+# %% ../../nbs/07_evaluate/06_report.ipynb #5fbb5cfd
 def _write(out, result, table, model, cams):
     "Write the three files of a report."
     title = f"{model.card['arch']} on the {result['part']} part"
@@ -192,26 +190,27 @@ def _write(out, result, table, model, cams):
         file.write(visible(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False), keep="\n"))
     with atomic_write(out/"report.html", "w") as file: file.write(page)
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #a2bbbe2b
+# %% ../../nbs/07_evaluate/06_report.ipynb #d3c3e5e9
+@with_rules
 def evaluate(
     model, # a model folder, or a Model
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: path or DataFrame
     part:str="test", # the part to evaluate on
     out:str|os.PathLike=None, # folder for metrics.json, predictions.csv and report.html; None writes nothing
-    batch_size:int=16, # pictures that go through the network together
-    n_boot:int=1000, # bootstrap resamples for the intervals
-    seed:int=0, # of the resamples
-    cams:int=4, # Grad-CAM pictures in the report
+    batch_size:Batch=16, # pictures that go through the network together
+    n_boot:Annotated[int, Field(ge=0, le=100_000)]=1000, # bootstrap resamples for the intervals
+    seed:Seed=0, # of the resamples
+    cams:Annotated[int, Field(ge=0, le=100)]=4, # Grad-CAM pictures in the report
     tta:bool=False, # look at each picture twice, as it is and mirrored
 )->dict: # metrics, constants, failed, warnings, and the circumstances; the content of metrics.json
     "Evaluate a model on one part of a manifest. Raises `UsageError` or `DataError` for what does not belong together."
+    if out is not None: output_folder(out, data)
     model = model if isinstance(model, Model) else load_model(model)
     if tta: model = Mirrored(model)
     name = manifest if isinstance(manifest, (str, os.PathLike)) else "the manifest"
     manifest = read_manifest(manifest) if isinstance(manifest, (str, os.PathLike)) else manifest
     rows = manifest_images(data, _part_rows(manifest, part, list(model.card["counts"]), name))
-    if out is not None: _check_writable(Path(out))
     table = _answered(model, rows, batch_size)
     warnings = list(_warnings(model.card, manifest, rows, part))
     result = _circumstances(model, data, manifest, part) | {

@@ -5,21 +5,19 @@
 # %% auto #0
 __all__ = ['sensitivity', 'export']
 
-# %% ../../nbs/05_model/06_quantize.ipynb #8ba825e5
+# %% ../../nbs/05_model/06_quantize.ipynb #64e34514
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 from fastcore.basics import patch
-from pydantic import Field
 
 from ..data.images import find_images
 from ..ground.core import DataError, ModelError, UsageError, atomic_write, rng, sha256
 from ..ground.folders import temporary_folder
-from ..ground.settings import checked
+from ..ground.outputs import output_folder
+from ..ground.settings import AtLeastOne, Seed, Share, with_rules
 from .backends import BACKENDS, Model, load_model
 from .folder import check_file, read_card
 from .int8 import METHODS, CalibrationPictures, layers, prepare, quantize
@@ -160,28 +158,21 @@ def _best(trials, folder, max_loss):
                      f"and at most {100 * max_loss:g} are allowed",
                      "nothing was written; use it in fp32, or allow more with --max-loss")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #4e6bcbd7
-@dataclass
-class _Settings:
-    n:Annotated[int, Field(ge=1)] # training pictures to calibrate with, 1 or more
-    seed:Annotated[int, Field(ge=0, lt=2**63)] # a whole number of at most 63 bits
-    max_loss:Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] # accuracy that may be lost, 0 to 1
-
-# %% ../../nbs/05_model/06_quantize.ipynb #b1d0693f
+# %% ../../nbs/05_model/06_quantize.ipynb #e73dac17
+@with_rules
 def export(
     model:str|os.PathLike, # a model folder
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # a manifest: its train part calibrates, its valid part measures
     int8:bool=False, # write model.int8.onnx; so far this is the only format
-    n:int=256, # training pictures to calibrate with
-    seed:int=0, # draws them
-    max_loss:float=0.005, # of accuracy on the valid part, 0 to 1; a network that loses more is not written
+    n:AtLeastOne=256, # training pictures to calibrate with
+    seed:Seed=0, # draws them
+    max_loss:Share=0.005, # of accuracy on the valid part, 0 to 1; a network that loses more is not written
 )->dict: # what goes into the card under int8
     "Add an 8-bit network to a model folder. Raises `ModelError` if it loses too much, `UsageError` or `DataError`."
     if not int8: raise UsageError("nothing to export", "say what: --int8, or int8=True")
-    checked(_Settings, {"n": n, "seed": seed, "max_loss": max_loss})
     original, (calibration, valid, labels, sha) = load_model(model, "fp32"), _parts(data, manifest, n, seed)
-    folder = original.folder
+    folder = output_folder(original.folder)
     with temporary_folder() as home:
         network = prepare(check_file(folder, original.card, BACKENDS["fp32"]), home/"ready.onnx")
         trials = _Trials(original, network, home, calibration, valid, labels)
