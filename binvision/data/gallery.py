@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_samples', 'plot_pairs']
 
-# %% ../../nbs/02_data/07_gallery.ipynb #e3af844a
+# %% ../../nbs/02_data/07_gallery.ipynb #2ff3ef19
 import os
 import textwrap
 from pathlib import Path
@@ -13,21 +13,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from PIL import ImageOps
 
 from .catalogue import Catalogue
 from .documents import shorten
 from ..ground.core import ImageError, rng
-from ..ground.pictures import open_picture, to_rgb
+from ..ground.pictures import open_picture, to_rgb, upright
 from ..ground.show import MAIN, figure, new_axes, nothing
 
-# %% ../../nbs/02_data/07_gallery.ipynb #e11d8178
+# %% ../../nbs/02_data/07_gallery.ipynb #24b993ad
 def _draw_picture(ax, path, anchor="C", side=240):
     "Draw a picture upright, reduced to `side` pixels; `anchor` N puts it at the top of its space, S at the bottom."
     try:
         with open_picture(path) as image:
             image.draft("RGB", (side, side))
-            small = to_rgb(ImageOps.exif_transpose(image))
+            small = to_rgb(upright(image))
         small.thumbnail((side, side))
         ax.imshow(small)
     except ImageError: nothing(ax, "the image\nhas gone")

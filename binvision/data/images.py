@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'data_folder', 'file_names', 'list_images', 'find_images', 'image_facts']
 
-# %% ../../nbs/02_data/01_images.ipynb #d11676d5
+# %% ../../nbs/02_data/01_images.ipynb #8ddf6709
 import contextlib
 import os
 import re
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
 
 from ..ground.core import DataError, bin_id, visible
-from ..ground.pictures import eight_bits, open_picture
+from ..ground.pictures import eight_bits, open_picture, upright
 
 # %% ../../nbs/02_data/01_images.ipynb #250978e6
 def data_folder(
@@ -85,7 +84,7 @@ def find_images(
     if images: return {id: data/path for id, path in images.items()}
     raise DataError(f"{data}: no images", "pass a folder that holds bin-images/<id>.jpg or class folders of images")
 
-# %% ../../nbs/02_data/01_images.ipynb #14555146
+# %% ../../nbs/02_data/01_images.ipynb #aecc8737
 def image_facts(
     path:str|os.PathLike, # an image file
 )->dict: # width, height (pixels, upright), brightness (mean luma, 0 to 255), phash (16 hexadecimal digits)
@@ -96,6 +95,6 @@ def image_facts(
         width, height = image.size
         if image.getexif().get(0x0112, 1) in (5, 6, 7, 8): width, height = height, width
         image.draft("L", (128, 128))
-        grey = ImageOps.exif_transpose(eight_bits(image).convert("L"))
+        grey = upright(eight_bits(image).convert("L"))
     brightness = round(float(np.asarray(grey).mean()), 2)
     return dict(width=width, height=height, brightness=brightness, phash=str(imagehash.phash(grey)))
