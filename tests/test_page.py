@@ -101,7 +101,7 @@ def test_a_photo_gets_its_count_and_a_record_its_verdict(visit, url, opened, pho
     v.page.fill("#quantity", "40")
     v.page.press("#quantity", "Enter")
     sync_api.expect(v.page.locator("#agrees .badge")).to_contain_text("unsure")
-    sync_api.expect(v.page.locator("#status")).to_contain_text("cannot tell")
+    sync_api.expect(v.page.locator("#status")).to_contain_text("The picture is unsure: the model counts 1 to 5 items")
     assert v.page.locator("#list").is_hidden() and fits(v.page)
     assert all(u.startswith((url, "blob:", "data:")) for u in v.loaded)
 

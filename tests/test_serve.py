@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -22,8 +23,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import save_file
 
+from binvision.check.alone import EVIDENCE, load_alone, read_evidence
+from binvision.ground.core import ModelError, UsageError
 from binvision.model.backends import load_model
+from binvision.model.folder import read_card
 from binvision.model.predict import predict
 from binvision.data.images import find_images
 from binvision.serve.app import make_app
@@ -128,10 +133,64 @@ def test_many_pictures_come_back_in_order_with_their_names_and_records(http, bin
 
 def test_a_quantity_with_a_bare_picture_and_one_that_the_model_cannot_count(http, jpeg, expected):
     said = http.post("/predict?quantity=99", content=jpeg, headers=JPEG).json()["predictions"][0]
-    assert said["agreement"] == {"quantity": 99, "probability": None, "verdict": "unsure"}
+    assert said["agreement"] == {"quantity": 99, "probability": None, "verdict": "unsure", "p_value": None, "reason": "the model counts 1 to 5 items"}
     top = expected["00001.jpg"].count
     said = http.post(f"/predict?quantity={top}", content=jpeg, headers=JPEG).json()["predictions"][0]
     assert said["agreement"]["probability"] == pytest.approx(said["confidence"])
+    assert said["agreement"]["verdict"] == "unsure" and "binvision evidence MODEL DATA MANIFEST" in said["agreement"]["reason"]
+    assert said["plausible"] is None
+
+
+def with_evidence(folder, least=(.05, .3, .3, .2, .1)):
+    "A model folder whose evidence is made up: right records are never odder than 0.05, wrong ones never less than 0.02."
+    odd = np.concatenate([np.linspace(.001, .05, 99), np.linspace(.02, 1, 99)])
+    arrays = {"counts": np.arange(1., 6), "alone_odds": .01 * (1 - np.eye(5)), "alone_groups": np.zeros(5),
+              "alone_group": np.repeat([0., -1], 99), "alone_odd": odd}
+    card = json.loads((folder / "card.json").read_text())
+    save_file(arrays, folder / EVIDENCE, {"network": card["files"]["model.onnx"]})
+    (folder / "card.json").write_text(json.dumps(card | {"plausible": {"level": .9, "least": list(least)}}))
+    return folder
+
+
+def test_a_model_with_evidence_says_what_is_plausible_and_whether_the_record_agrees(model, bins, tmp_path):
+    folder = with_evidence(Path(shutil.copytree(model, tmp_path / "m")))
+    said = {name: predict(folder, raw) for name, raw in bins.items()}
+    alone, seen = load_alone(folder), Counter()
+    images = [{"data": encoded(raw), "name": name, "quantity": q} for name, raw in bins.items() for q in (1, said[name].count)]
+    with running(make_app(folder, ServeSettings(false_alarms=.03, missed=.05))) as url, client(url) as http:
+        answers = http.post("/predict", json={"images": images}).json()["predictions"]
+        metrics = http.get("/metrics").text
+    for answer in answers:
+        wanted, told = said[answer["name"]], answer["agreement"]
+        assert answer["plausible"] == {"low": wanted.low, "high": wanted.high, "level": .9}
+        right, wrong = alone.compare(np.array(list(answer["probabilities"].values())), told["quantity"])
+        assert told["p_value"] == pytest.approx(right, abs=1e-6)
+        assert told["verdict"] == ("disagrees" if right <= .03 else "agrees" if wrong <= .05 else "unsure")
+        assert (told["reason"] is None) == (told["verdict"] != "unsure")
+        seen[told["verdict"]] += 1
+    assert seen["disagrees"] and seen["agrees"]
+    for verdict, n in seen.items(): assert f'binvision_agreement_total{{verdict="{verdict}"}} {n}.0' in metrics
+
+
+@pytest.mark.parametrize("raw", [b"", b"no", b"\xff" * 500, "another network", "other counts", "older"])
+def test_evidence_that_cannot_be_used_stops_the_start(model, tmp_path, raw):
+    folder = with_evidence(Path(shutil.copytree(model, tmp_path / "m")))
+    arrays, network = read_evidence(folder)[1], read_card(folder)["files"]["model.onnx"]
+    if isinstance(raw, bytes): (folder / EVIDENCE).write_bytes(raw)
+    elif raw == "another network": save_file(arrays, folder / EVIDENCE, {"network": "0" * 64})
+    elif raw == "other counts": save_file(arrays | {"counts": np.arange(4.)}, folder / EVIDENCE, {"network": network})
+    else: save_file({"counts": arrays["counts"]}, folder / EVIDENCE, {"network": network})
+    with pytest.raises(ModelError, match="evidence.safetensors: .*(cannot be used|another network)"): make_app(folder)
+
+
+@pytest.mark.parametrize("name", ["FALSE_ALARMS", "MISSED"])
+def test_the_shares_of_wrong_verdicts_come_from_the_environment(monkeypatch, name):
+    assert (ServeSettings().false_alarms, ServeSettings().missed) == (.02, .1)
+    monkeypatch.setenv(f"BINVISION_{name}", ".05")
+    assert getattr(ServeSettings(), name.lower()) == .05
+    for wrong in ("0", "1", "-1", "nan", "many"):
+        monkeypatch.setenv(f"BINVISION_{name}", wrong)
+        with pytest.raises(UsageError, match=f"BINVISION_{name} {wrong}: "): ServeSettings()
 
 
 def test_the_documented_example_works_and_the_documentation_needs_no_other_server(http):

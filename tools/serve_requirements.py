@@ -9,7 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 NEEDED = """numpy Pillow orjson typer fastcore pydantic pydantic-settings onnxruntime fastapi fastapi-offline uvicorn httptools
-python-multipart prometheus-client""".split()
+python-multipart prometheus-client safetensors""".split()
 
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")

@@ -67,10 +67,11 @@ def body_docs(
              "description": "Recorded quantity, with a bare picture."}
     return {"requestBody": {"required": True, "content": content}, "parameters": [query]}
 
-# %% ../../nbs/12_serve/09_app.ipynb #143fbd9c
+# %% ../../nbs/12_serve/09_app.ipynb #d0a5c7bf
 _PROBABILITIES = {1: .08, 2: .62, 3: .2, 4: .07, 5: .03}
+_AGREEMENT = {"quantity": 3, "probability": .2, "verdict": "unsure", "p_value": .31, "reason": "the picture alone cannot tell"}
 _SAID = {"model": "resnet50-0123456789ab", "milliseconds": 31.4,
-         "predictions": [answer(Prediction("a.png", 2, _PROBABILITIES), 3)]}
+         "predictions": [answer(Prediction("a.png", 2, _PROBABILITIES, low=2, high=3), _AGREEMENT, .9)]}
 _REFUSALS = { # status → code and detail of an example
     400: ("not-json", "the body is not JSON: unexpected end of data"),
     401: ("token", "send the header Authorization: Bearer TOKEN"),

@@ -1,8 +1,8 @@
 "use strict";
 
 const $ = id => document.getElementById(id);
-const VERDICTS = { match: "✓ agrees", mismatch: "✗ differs", unsure: "? unsure" };
-const ADVICE = { match: " with the record", mismatch: " from the record: recount", unsure: ": the model cannot tell" };
+const VERDICTS = { agrees: "✓ agrees", disagrees: "✗ disagrees", unsure: "? unsure" };
+const ADVICE = { agrees: () => " with the record", disagrees: () => " with the record: recount", unsure: said => `: ${said.reason}` };
 
 const items = [];                   // one object for each photo
 let shown = null, running = 0;      // the photo in the large card; requests on their way
@@ -18,6 +18,7 @@ function make(tag, set = {}, ...children) {
 }
 const percent = p => p > 0 && p < .005 ? "<1 %" : `${Math.round(100 * p)} %`;
 const things = n => `${n} item${n === 1 ? "" : "s"}`;
+const range = ({ plausible: r }) => !r ? "" : r.low < r.high ? ` · ${r.low} to ${r.high} plausible` : ` · only ${r.low} plausible`;
 const say = text => { $("status").textContent = text; };
 const headers = () => token ? { Authorization: `Bearer ${token}` } : {};
 const seen = text => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu,  // control characters and marks
@@ -80,9 +81,9 @@ async function ask(item) {
 }
 
 function tell(item) {
-  const a = item.answer, verdict = a?.agreement?.verdict;
+  const a = item.answer, said = a?.agreement;
   if (!a) return say(`${item.name}: ${item.error}`);
-  const record = verdict ? ` The count ${VERDICTS[verdict].slice(2)}${ADVICE[verdict]}` : "";
+  const record = said ? ` The picture ${said.verdict === "unsure" ? "is " : ""}${said.verdict}${ADVICE[said.verdict](said)}` : "";
   say(`${item.name}: ${things(a.count)}, ${a.certainty}.${record}`);
 }
 
@@ -123,11 +124,12 @@ function row(item) {
   item.row = make("tr", { role: "row" }, ...Object.values(c));
 }
 
-function badge(item, advice = "") {
+function badge(item, advice = false) {
   if (item.error) return make("span", { className: "badge error", textContent: item.error });
-  const verdict = item.answer?.agreement?.verdict;
-  if (!verdict) return "";
-  return make("span", { className: `badge ${verdict}`, textContent: VERDICTS[verdict] + (advice && advice[verdict]) });
+  const said = item.answer?.agreement;
+  if (!said) return "";
+  const { verdict } = said, textContent = VERDICTS[verdict] + (advice ? ADVICE[verdict](said) : "");
+  return make("span", { className: `badge ${verdict}`, textContent });
 }
 
 function bar(tag, p, top) {
@@ -160,7 +162,7 @@ function drawDetail() {
   $("ring").style.setProperty("--p", a ? 100 * a.confidence : busy ? 22 : 0);
   $("ring").firstElementChild.textContent = a ? a.count : "–";
   $("words").textContent = a ? things(a.count) : busy ? "Counting…" : "No count";
-  $("sure").textContent = a ? `${a.certainty[0].toUpperCase()}${a.certainty.slice(1)}: ${percent(a.confidence)}` : "";
+  $("sure").textContent = a ? `${a.certainty[0].toUpperCase()}${a.certainty.slice(1)}: ${percent(a.confidence)}${range(a)}` : "";
   $("bars").replaceChildren(...Object.entries(a ? a.probabilities : {}).map(([n, p]) => {
     const className = `${+n === a.count ? "top" : ""} ${n === item.quantity ? "record" : ""}`;
     const [left, right] = [things(+n), percent(p)].map(textContent => make("span", { textContent }));
@@ -168,15 +170,15 @@ function drawDetail() {
   }));
   $("problem").textContent = item.error;
   $("problem").hidden = !item.error;
-  $("agrees").replaceChildren(a ? badge(item, ADVICE) : "");
+  $("agrees").replaceChildren(a ? badge(item, true) : "");
   if (document.activeElement !== $("quantity")) $("quantity").value = item.quantity;
 }
 
 function summary() {
   const done = items.filter(i => i.state === "done"), failed = done.filter(i => i.error).length;
-  const differ = done.filter(i => i.answer?.agreement?.verdict === "mismatch").length;
+  const odd = done.filter(i => i.answer?.agreement?.verdict === "disagrees").length;
   const parts = [`${done.length} of ${items.length} photos`];
-  if (differ) parts.push(`${differ} differ${differ === 1 ? "s" : ""} from the record`);
+  if (odd) parts.push(`${odd} disagree${odd === 1 ? "s" : ""} with the record`);
   if (failed) parts.push(`${failed} could not be read`);
   return parts.join(" · ");
 }
@@ -198,7 +200,7 @@ const KEYS = {
   count: i => i.answer?.count,
   sure: i => i.answer?.confidence,
   quantity: i => i.quantity === "" ? undefined : +i.quantity,
-  agrees: i => i.error ? -1 : { mismatch: 0, unsure: 1, match: 2 }[i.answer?.agreement?.verdict],
+  agrees: i => i.error ? -1 : { disagrees: 0, unsure: 1, agrees: 2 }[i.answer?.agreement?.verdict],
 };
 
 function sort() {
@@ -225,9 +227,10 @@ function quote(value) {
 function csv() {
   const counts = Object.keys(items.find(i => i.answer)?.answer.probabilities || {});
   const head = ["name", "count", "confidence", "certainty", "mean", ...counts.map(n => "p" + n),
-    "recorded", "verdict", "error"];
+    "low", "high", "recorded", "verdict", "p_value", "reason", "error"];
   const line = ({ name, answer: a, quantity, error }) => [name, a?.count, a?.confidence, a?.certainty, a?.mean,
-    ...counts.map(n => a?.probabilities[n]), quantity, a?.agreement?.verdict, error];
+    ...counts.map(n => a?.probabilities[n]), a?.plausible?.low, a?.plausible?.high,
+    quantity, ...["verdict", "p_value", "reason"].map(key => a?.agreement?.[key]), error];
   const text = [head, ...items.map(line)].map(row => row.map(quote).join(",") + "\r\n").join("");
   const url = URL.createObjectURL(new Blob(["\ufeff" + text], { type: "text/csv" }));
   make("a", { href: url, download: "binvision.csv" }).click();

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_all', 'Service']
 
-# %% ../../nbs/12_serve/07_service.ipynb #8c2cb076
+# %% ../../nbs/12_serve/07_service.ipynb #b06a31d8
 import asyncio
 import contextlib
 import hashlib
@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from fastapi import FastAPI, Request
 from fastcore.basics import patch
 
+from ..check.alone import load_alone
 from ..ground.core import visible
 from ..model.backends import Model
-from ..model.predict import Prediction
+from ..model.predict import prediction_of
 from ..model.scores import softmax
-from .answers import answer
+from .answers import agreement, answer
 from .batcher import Batcher
 from .intake import read_request, receive
 from .limits import ServeSettings
@@ -52,16 +53,16 @@ async def read_all(
     if failed: raise _unusable(sent, failed)
     return arrays
 
-# %% ../../nbs/12_serve/07_service.ipynb #d301b79d
+# %% ../../nbs/12_serve/07_service.ipynb #d9efaa0f
 class Service:
-    "A model, its limits, and what requests share."
+    "A model, its limits, and what requests share. Raises `ModelError` for evidence that cannot be used."
 
     def __init__(
         self,
         model:Model,
         settings:ServeSettings,
     ):
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.alone = model, settings, load_alone(model.folder)
         card = (model.folder/"card.json").read_bytes()
         self.id = f"{model.card['arch']}-{hashlib.sha256(card).hexdigest()[:12]}"
         self.pool = ThreadPoolExecutor(settings.decoders, "decoder")
@@ -97,7 +98,7 @@ def read(self:Service, raw):
     "An awaitable for the array of a picture."
     return self.in_thread(read_picture, raw, self.model.card, self.settings)
 
-# %% ../../nbs/12_serve/07_service.ipynb #360cac21
+# %% ../../nbs/12_serve/07_service.ipynb #a77ce01a
 @patch
 def answer(
     self:Service,
@@ -105,9 +106,10 @@ def answer(
     row, # of the network
 )->dict: # the members of Answer
     "The answer for one picture."
-    counts, p = self.model.card["counts"], softmax(row)
-    prediction = Prediction(one.name or "", counts[int(p.argmax())], dict(zip(counts, p.tolist())))
-    return answer(prediction, one.quantity)
+    card, s = self.model.card, self.settings
+    prediction, said = prediction_of(one.name or "", softmax(row), card), None
+    if one.quantity is not None: said = agreement(prediction.probabilities, one.quantity, self.alone, s.false_alarms, s.missed)
+    return answer(prediction, said, (card.get("plausible") or {}).get("level"))
 
 # %% ../../nbs/12_serve/07_service.ipynb #ba14430d
 @patch(as_prop=True)
