@@ -13,6 +13,8 @@ from binvision.serve.app import make_app
 from binvision.serve.limits import ServeSettings
 from binvision.serve.run import running
 
+from test_serve import with_evidence
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROGRAM = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -104,6 +106,26 @@ def test_a_photo_gets_its_count_and_a_record_its_verdict(visit, url, opened, pho
     sync_api.expect(v.page.locator("#status")).to_contain_text("The picture is unsure: the model counts 1 to 5 items")
     assert v.page.locator("#list").is_hidden() and fits(v.page)
     assert all(u.startswith((url, "blob:", "data:")) for u in v.loaded)
+
+
+def test_a_model_with_evidence_shows_its_range_and_its_verdicts(visit, model, photos, tmp_path):
+    folder = with_evidence(Path(shutil.copytree(model, tmp_path / "m")))
+    said = predict(folder, photos[0])
+    with running(make_app(folder, ServeSettings(false_alarms=.03, missed=.05))) as url:
+        v = visit()
+        v.page.goto(url)
+        v.page.set_input_files("#files", photos[:2])
+        words = f"{said.low} to {said.high} plausible" if said.low < said.high else f"only {said.low} plausible"
+        sync_api.expect(v.page.locator("#sure")).to_contain_text(words)
+        first = v.page.locator("#rows tr").nth(0)
+        for quantity, verdict in ((min(said.probabilities, key=said.probabilities.get), "✗ disagrees"), (said.count, "✓ agrees")):
+            first.locator("input").fill(str(quantity))
+            first.locator("input").press("Tab")
+            sync_api.expect(first.locator(".badge")).to_have_text(verdict)
+            if verdict == "✗ disagrees": sync_api.expect(v.page.locator("#summary")).to_have_text("2 of 2 photos · 1 disagrees with the record")
+        with v.page.expect_download() as download: v.page.click("#csv")
+        row = next(csv.DictReader(download.value.path().read_text(encoding="utf-8-sig").splitlines()))
+        assert (row["low"], row["high"], row["verdict"], row["reason"]) == (str(said.low), str(said.high), "agrees", "") and 0 < float(row["p_value"]) <= 1
 
 
 def test_a_broken_photo_says_what_is_wrong(visit, url, photos, tmp_path):
