@@ -35,7 +35,7 @@ from ..ground.outputs import output_folder
 from ..ground.settings import checked, takes
 from ..model.bulk import Reader, is_read, read_to
 
-# %% ../../nbs/09_check/16_check.ipynb #fcd9d3f1
+# %% ../../nbs/09_check/16_check.ipynb #ca012158
 def _reader(network, fitted):
     "What the first pass asks of each picture."
     matcher = fitted.evidence.matcher
@@ -45,13 +45,17 @@ def _reader(network, fitted):
             if error is not None: yield {"error": error}
             else:
                 seen = matcher.seen(features[None])[0, :-1] if matcher else []
-                yield {name: [round(float(x), 6) for x in values] for name, values in (("p", p), ("seen", seen), ("looks", looks))}
+                arrays = {"p": p, "seen": seen, "looks": looks}
+                yield {name: [round(float(x), 6) for x in values] for name, values in arrays.items()}
 
     directions = sha256(matcher.directions.tobytes()).hexdigest() if matcher else None
-    return Reader(rows, dict.fromkeys(("p", "seen", "looks"), "vector"), {"check": fitted.network, "directions": directions})
+    columns = dict.fromkeys(("p", "seen", "looks"), "vector")
+    return Reader(rows, columns, {"check": fitted.network, "directions": directions})
 
-# %% ../../nbs/09_check/16_check.ipynb #6435e529
+# %% ../../nbs/09_check/16_check.ipynb #a299decf
 _ITEMS = ("id", "asin", "name", "quantity", "height", "length", "width", "weight")
+_ALONE = "there is no picture" # of a document
+
 
 def _bins(data, rows, labels, shape):
     "What is known of the bins of some rows of the first pass, their looks, and what is wrong with their documents."
@@ -59,7 +63,8 @@ def _bins(data, rows, labels, shape):
     records = [read_record(data, id, labels) for id in ids]
     items = pd.DataFrame([item for _, items, _ in records for item in items], columns=_ITEMS)
     recorded = np.array([np.nan if count is None else count for count, _, _ in records], float)
-    arrays = [np.array([row.get(name) or [np.nan] * n for row in rows], float).reshape(len(rows), n) for name, n in shape.items()]
+    array = lambda name, n: np.array([row.get(name) or [np.nan] * n for row in rows], float).reshape(len(rows), n)
+    arrays = [array(name, n) for name, n in shape.items()]
     return Bins(ids, recorded, arrays[0], arrays[1], items), arrays[2], [problem for *_, problem in records]
 
 
@@ -74,9 +79,9 @@ def _alone(data, path):
     "Rows for the documents that have no picture."
     with_picture = {bin_id(row["source"]) for row in _pictures(path)}
     for name in sorted(file_names(data/"metadata", (".json",), [])):
-        if name[:-5] not in with_picture: yield {"source": name[:-5], "error": "there is no picture"}
+        if name[:-5] not in with_picture: yield {"source": name[:-5], "error": _ALONE}
 
-# %% ../../nbs/09_check/16_check.ipynb #eedafcb8
+# %% ../../nbs/09_check/16_check.ipynb #4b1f61cf
 def _reduced(fitted):
     "The same, for bins whose features are already directions."
     from copy import copy
@@ -95,11 +100,10 @@ def _chunk(fitted, data, rows, labels, shape, rates, settings):
     found = findings(fitted, bins, looks, [row.get("error") for row in rows], document, rates, settings)
     broken = np.array([problem is not None and "contradicts" in problem for problem in document], bool)
     found.loc[broken, "p_wrong"], found.loc[broken, "verdict"] = 1., "disagrees"
-    images = [None if row.get("p") is None and row["error"] == "there is no picture" else os.path.relpath(row["source"], data) for row in rows]
-    found.insert(1, "image", images)
+    found.insert(1, "image", [None if row["error"] == _ALONE else os.path.relpath(row["source"], data) for row in rows])
     return found
 
-# %% ../../nbs/09_check/16_check.ipynb #8d4e63ed
+# %% ../../nbs/09_check/16_check.ipynb #78aba4d5
 def _write_findings(path, chunks, counts):
     "Write findings chunk by chunk; the totals of their verdicts by recorded count, and how many had which evidence."
     import pyarrow as pa
@@ -107,8 +111,9 @@ def _write_findings(path, chunks, counts):
 
     texts, whole = ("id", "image", "evidence", "verdict", "reason"), WHOLE
     numbers = [*(f"p{c}" for c in counts), "p_value", "p_wrong", "brightness", "contrast", "sharpness"]
-    order = ["id", "image", "recorded", "evidence", "count", "low", "high", *numbers[:-3], "likely", "verdict", "reason", *numbers[-3:]]
-    kind = {**dict.fromkeys(texts, pa.string()), **dict.fromkeys(whole, pa.int64()), **dict.fromkeys(numbers, pa.float64())}
+    order = ["id", "image", "recorded", "evidence", "count", "low", "high", *numbers[:-3], "likely", "verdict", "reason",
+             *numbers[-3:]]
+    kind = dict.fromkeys(texts, pa.string()) | dict.fromkeys(whole, pa.int64()) | dict.fromkeys(numbers, pa.float64())
     schema, totals = pa.schema({name: kind[name] for name in order}), []
     with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for found in chunks:
@@ -116,7 +121,7 @@ def _write_findings(path, chunks, counts):
             totals.append(found.groupby(["recorded", "verdict", "evidence"], dropna=False).size())
     return pd.concat(totals).groupby(level=[0, 1, 2], dropna=False).sum().rename("n").reset_index()
 
-# %% ../../nbs/09_check/16_check.ipynb #52101c1d
+# %% ../../nbs/09_check/16_check.ipynb #aeca1667
 @dataclass(repr=False)
 class Checked:
     "What `check` found."
@@ -129,10 +134,10 @@ class Checked:
 
     def __repr__(self):
         verdicts = self.totals.groupby("verdict")["n"].sum()
-        return f"Checked: {self.n:,} bins, " + ", ".join(f"{verdicts.get(name, 0):,} {word}" for name, word in
-                                                         (("disagrees", "disagree"), ("agrees", "agree"), ("unsure", "unsure")))
+        words = {"disagrees": "disagree", "agrees": "agree", "unsure": "unsure"}
+        return f"Checked: {self.n:,} bins, " + ", ".join(f"{verdicts.get(name, 0):,} {word}" for name, word in words.items())
 
-# %% ../../nbs/09_check/16_check.ipynb #b49abada
+# %% ../../nbs/09_check/16_check.ipynb #03f1d064
 @patch
 def rows(self:Checked,
     ids, # of bins
@@ -140,7 +145,9 @@ def rows(self:Checked,
     "Some of the findings, by id."
     import pyarrow.parquet as pq
 
-    table = pq.read_table(self.out/"findings.parquet", filters=pc.field("id").isin(pa.array(list(ids), pa.string()))).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    wanted = pc.field("id").isin(pa.array(list(ids), pa.string()))
+    table = pq.read_table(self.out/"findings.parquet", filters=wanted)
+    table = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return {row["id"]: row for row in table.to_dict("records")}
 
 
@@ -148,9 +155,10 @@ def rows(self:Checked,
 def _repr_html_(self:Checked):
     first = self.queue.table["id"].head(3)
     rows = self.rows(first)
-    return f"<p><b>{self!r}</b></p>" + "".join(finding_html(rows[id], self.data) for id in first) + f"<p>… see {self.out.name}/check.html</p>"
+    shown = "".join(finding_html(rows[id], self.data) for id in first)
+    return f"<p><b>{self!r}</b></p>{shown}<p>… see {self.out.name}/check.html</p>"
 
-# %% ../../nbs/09_check/16_check.ipynb #07fc704d
+# %% ../../nbs/09_check/16_check.ipynb #bbb2da3e
 def _first_pass(network, fitted, data, out, batch_size, overwrite):
     "The file of the first pass, complete. One that is there already is used again."
     path, reader = out/"pictures.parquet", _reader(network, fitted)
@@ -165,7 +173,8 @@ def _first_pass(network, fitted, data, out, batch_size, overwrite):
 def _second_pass(fitted, data, pictures, out, rates, settings, chunk=5000):
     "Write findings.parquet; the totals."
     labels, _ = read_labels(data, [])
-    shape = {"p": len(fitted.evidence.counts), "seen": len(fitted.evidence.matcher.directions) if fitted.evidence.matcher else 1, "looks": 3}
+    matcher = fitted.evidence.matcher
+    shape = {"p": len(fitted.evidence.counts), "seen": len(matcher.directions) if matcher else 1, "looks": 3}
     fitted = _reduced(fitted)
 
     def chunks():
@@ -181,7 +190,7 @@ def _contents(data):
     rows = [(id, item["asin"], item["quantity"]) for id in ids for item in read_record(data, id, {})[1]]
     return pd.DataFrame(rows, columns=["id", "asin", "quantity"])
 
-# %% ../../nbs/09_check/16_check.ipynb #b41d2976
+# %% ../../nbs/09_check/16_check.ipynb #87182ded
 @takes(CheckSettings)
 def check(
     model, # the path of a model folder that holds evidence
@@ -189,7 +198,7 @@ def check(
     out:str|os.PathLike="check", # the folder to write; a stopped run goes on
     budget:int=200, # bins to put into the queue
     random:int|None=None, # how many of these at random, to judge all records by; None for a quarter
-    value:str|os.PathLike|None=None, # what an error costs: units, or a CSV file of id or asin, and value; None if all cost the same
+    value:str|os.PathLike|None=None, # what an error costs: units, or a CSV file of id or asin, and value; None: the same
     rates:dict|None=None, # kind of error → share of all records; None for 2 % in all
     seed:int=0, # of the random looks
     batch_size:int=8, # pictures that go through the network together
@@ -197,7 +206,7 @@ def check(
     overwrite:bool=False, # look at all pictures again
     **kwargs,
 )->Checked:
-    "Compare every record of a data set with its picture. Raises `ModelError` without evidence, `DataError` and `UsageError` before it starts."
+    "Compare every record with its picture. Raises `ModelError` without evidence, `DataError` and `UsageError` before it starts."
     settings, data = checked(CheckSettings, kwargs), data_folder(data)
     rates, out = None if rates is None else checked_rates(rates), output_folder(out, data)
     bare = settings.picture_only and not (Path(model)/EVIDENCE).exists()
@@ -207,9 +216,11 @@ def check(
     prices = value not in (None, "units") and read_values(value).name == "asin"
     listed = queue(out, budget, random, value, _contents(data) if prices else None, seed)
     listed.save(out/"queue.csv")
-    done = Checked(out, int(totals["n"].sum()), totals, listed, asdict(settings) | {"budget": budget, "random": random, "seed": seed, "rates": rates}, data)
+    asked = asdict(settings) | {"budget": budget, "random": random, "seed": seed, "rates": rates}
+    done = Checked(out, int(totals["n"].sum()), totals, listed, asked, data)
     about = {"model": fitted.network, "n": done.n, **done.settings, "verdicts": totals.groupby("verdict")["n"].sum().to_dict()}
     with atomic_write(out/"check.json", "w") as file: file.write(json.dumps(about, indent=2) + "\n")
     first = listed.table.head(shown)
-    with atomic_write(out/"check.html", "w") as file: file.write(check_page(totals, first, done.rows(first["id"]), data, done.settings))
+    page = check_page(totals, first, done.rows(first["id"]), data, done.settings)
+    with atomic_write(out/"check.html", "w") as file: file.write(page)
     return done

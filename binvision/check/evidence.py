@@ -16,7 +16,7 @@ from .items import ItemsModel, fit_items, items_model
 from .match import Matcher, fit_matcher, matcher_of, record_sizes
 from ..ground.core import DataError
 
-# %% ../../nbs/09_check/05_evidence.ipynb #bbc8d419
+# %% ../../nbs/09_check/05_evidence.ipynb #2a55dc5a
 @dataclass
 class Bins:
     "What is known of n bins."
@@ -32,8 +32,8 @@ class Bins:
 @patch
 def of(self:Bins, which)->Bins: # which: a mask or positions
     "Some of the bins."
-    ids = self.ids[which]
-    return Bins(ids, self.recorded[which], self.probabilities[which], self.features[which], self.items[self.items["id"].isin(ids)])
+    ids, arrays = self.ids[which], (self.recorded, self.probabilities, self.features)
+    return Bins(ids, *(array[which] for array in arrays), self.items[self.items["id"].isin(ids)])
 
 # %% ../../nbs/09_check/05_evidence.ipynb #f4c192fb
 @dataclass(repr=False)
@@ -49,7 +49,7 @@ class Evidence:
     def __repr__(self):
         return f"Evidence(counts {self.counts}, {'with' if self.items else 'without'} items)"
 
-# %% ../../nbs/09_check/05_evidence.ipynb #ddf3fc34
+# %% ../../nbs/09_check/05_evidence.ipynb #f37d5c77
 def _shares(values, n):
     "How often 0, 1, … n − 1 occur, larger values as n − 1; none is impossible."
     found = np.bincount(np.minimum(np.asarray(values, int), n - 1), minlength=n) + .5
@@ -68,20 +68,23 @@ def fit_evidence(
     found = Evidence(list(counts), prior / prior.sum(), _shares([], 9), _shares([], 10))
     if len(bins.items) < 50: return found
     listed = record_sizes(bins.items)
-    found.kinds, found.quantity = _shares(listed["kinds"][listed.index.isin(bins.ids[inside])], 9), _shares(bins.items["quantity"] - 1, 10)
+    found.kinds = _shares(listed["kinds"][listed.index.isin(bins.ids[inside])], 9)
+    found.quantity = _shares(bins.items["quantity"] - 1, 10)
     found.items = fit_items(bins.items)
     both = inside & ~np.isnan(bins.features[:, 0]) & pd.Index(bins.ids).isin(listed.index)
-    if both.sum() >= 50: found.matcher = fit_matcher(bins.features[both], listed.loc[bins.ids[both]], bins.recorded[both], seed=seed)
+    if both.sum() < 50: return found
+    found.matcher = fit_matcher(bins.features[both], listed.loc[bins.ids[both]], bins.recorded[both], seed=seed)
     return found
 
-# %% ../../nbs/09_check/05_evidence.ipynb #99387313
+# %% ../../nbs/09_check/05_evidence.ipynb #ad48d493
 SOURCES = ("none", "picture", "items", "picture and items") # what evidence there may be
 
 
 @patch
 def sources(self:Evidence, bins:Bins)->np.ndarray: # n texts of SOURCES
     "What evidence there is of each bin."
-    picture, items = ~np.isnan(bins.probabilities[:, 0]), pd.Index(bins.ids).isin(bins.items["id"]) & (self.items is not None)
+    picture = ~np.isnan(bins.probabilities[:, 0])
+    items = pd.Index(bins.ids).isin(bins.items["id"]) & (self.items is not None)
     if self.matcher is None: items &= ~picture  # the picture is worth more than the list
     return np.array(SOURCES, object)[picture + 2 * items]
 
@@ -138,7 +141,7 @@ def posterior(self:Evidence,
     joint[said.source == "none"] = np.nan
     return pd.DataFrame(joint / joint.sum(axis=1, keepdims=True), bins.ids, self.counts)
 
-# %% ../../nbs/09_check/05_evidence.ipynb #16636cfe
+# %% ../../nbs/09_check/05_evidence.ipynb #6f1e1166
 @patch
 def arrays(self:Evidence)->dict: # name → array
     "The evidence as arrays, which the model folder keeps as safetensors."
@@ -154,5 +157,5 @@ def evidence_of(
         raise DataError(f"evidence: no array {missing[0]}", "fit the evidence again")
     if not all(np.isfinite(array).all() for array in arrays.values()) or len(arrays["counts"]) != len(arrays["prior"]):
         raise DataError("evidence: arrays that are not finite, or do not fit together", "fit the evidence again")
-    return Evidence(arrays["counts"].tolist(), *(arrays[name] for name in ("prior", "kinds", "quantity")),
-                    items_model(arrays) if "knots" in arrays else None, matcher_of(arrays) if "match" in arrays else None)
+    items, matcher = items_model(arrays) if "knots" in arrays else None, matcher_of(arrays) if "match" in arrays else None
+    return Evidence(arrays["counts"].tolist(), arrays["prior"], arrays["kinds"], arrays["quantity"], items, matcher)

@@ -12,21 +12,23 @@ from fastcore.basics import patch
 
 from ..ground.core import DataError
 
-# %% ../../nbs/09_check/03_items.ipynb #253dfe8d
+# %% ../../nbs/09_check/03_items.ipynb #c86dfaa5
 WORDS = { # what a name tells → words that tell it, as a regular expression
     "pack": r"\bpack\b|\bcount\b|\bset of\b|\bpcs\b|pieces", "book": r"paperback|hardcover|book|edition|novel|volume",
-    "media": r"dvd|blu-ray|\bcd\b", "electric": "cable|adapter|charger|case", "clothes": r"women|men's|shirt|dress|sock|small|medium|large|boys|girls",
+    "media": r"dvd|blu-ray|\bcd\b", "electric": "cable|adapter|charger|case",
+    "clothes": r"women|men's|shirt|dress|sock|small|medium|large|boys|girls",
     "food": r"\boz\b|ounce|\btea\b|vitamin|capsule|organic", "toy": "toy|doll|game|lego|puzzle", "number": r"\d"}
 
 def _words(names):
     "A column of 0 and 1 for each entry of `WORDS`."
     code, distinct = pd.factorize(names.astype(object).fillna("").astype(str))
     distinct = pd.Series(distinct, dtype=object)
-    found = np.array([distinct.str.contains(pattern, case=False, regex=True).to_numpy(float) for pattern in WORDS.values()])
+    has = lambda pattern: distinct.str.contains(pattern, case=False, regex=True).to_numpy(float)
+    found = np.array([has(pattern) for pattern in WORDS.values()])
     return pd.DataFrame(found.T.reshape(-1, len(WORDS))[code], names.index, list(WORDS))
 
-# %% ../../nbs/09_check/03_items.ipynb #5463cd34
-MEASURES = ("volume", "weight", "shortest", "middle", "longest", "others", "letters") # what is measured of an item; logarithms but for letters
+# %% ../../nbs/09_check/03_items.ipynb #2265d28b
+MEASURES = ("volume", "weight", "shortest", "middle", "longest", "others", "letters") # of an item; logarithms but for letters
 
 def item_measures(
     items:pd.DataFrame, # a row an item: id, asin, name, height, length, width (inches), weight (pounds)
@@ -51,13 +53,13 @@ def _hinges(values, knots):
     known = np.where(np.isnan(values), middle, values)
     return np.stack([*(np.interp(known, knots, row) for row in np.eye(len(knots))[1:]), np.isnan(values)], axis=1)
 
-# %% ../../nbs/09_check/03_items.ipynb #b57aad6b
+# %% ../../nbs/09_check/03_items.ipynb #5ef7a1c4
 LEVELS = 6 # after this many, the chance of one more stays the same
 MOST_KINDS = 8 # more kinds of items than this count as this many
 
 
 class ItemsModel:
-    "How many of an item there are, given the record without quantities: `knots` of the measures, `weights` and `bias` of one regression."
+    "How many of an item there are, given the record without quantities: one regression."
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class ItemsModel:
 
     def __repr__(self): return f"ItemsModel({len(self.weights)} weights)"
 
-# %% ../../nbs/09_check/03_items.ipynb #eae0f283
+# %% ../../nbs/09_check/03_items.ipynb #1219cf6f
 @patch
 def columns(self:ItemsModel,
     items:pd.DataFrame, # as for item_measures
@@ -80,7 +82,8 @@ def columns(self:ItemsModel,
     hinges = np.hstack([_hinges(table[name].to_numpy(), knots) for name, knots in zip(MEASURES, self.knots)])
     few = np.eye(3)[np.minimum(kinds, 3) - 1]
     return np.hstack([np.eye(MOST_KINDS)[np.minimum(kinds, MOST_KINDS) - 1], hinges,
-                      (few[:, :, None] * hinges[:, None]).reshape(len(table), -1), _words(items["name"]), items["asin"].str.match(r"\d").to_numpy(float)[:, None]])
+                      (few[:, :, None] * hinges[:, None]).reshape(len(table), -1), _words(items["name"]),
+                      items["asin"].str.match(r"\d").to_numpy(float)[:, None]])
 
 def _asked(columns, k):
     "The columns for the question whether there are more than `k`; `k` is one number a row."
@@ -94,7 +97,7 @@ def _questions(quantity, most=20):
     k = np.arange(len(rows)) - np.repeat(np.cumsum(asked) - asked, asked) + 1
     return rows, k, k < quantity[rows]
 
-# %% ../../nbs/09_check/03_items.ipynb #fa6636c7
+# %% ../../nbs/09_check/03_items.ipynb #0f379e3f
 def fit_items(
     items:pd.DataFrame, # records that may be believed: as for item_measures, and quantity (1 or more)
     strength:float=.05, # inverse of the L2 penalty
@@ -103,15 +106,15 @@ def fit_items(
     from sklearn.linear_model import LogisticRegression
 
     items = items[items["quantity"] > 0]
-    if len(items) < 50: raise DataError(f"{len(items)} items with a quantity: too few to learn from", "give the documents of more bins: 50 items or more")
-    knots = [np.quantile(column[~np.isnan(column)], QUANTILES) if (~np.isnan(column)).any() else np.zeros(len(QUANTILES))
-             for column in item_measures(items)[list(MEASURES)].to_numpy().T]
+    if len(items) < 50: raise DataError(f"{len(items)} items with a quantity: too few to learn from", "give 50 or more")
+    known = (column[~np.isnan(column)] for column in item_measures(items)[list(MEASURES)].to_numpy().T)
+    knots = [np.quantile(values, QUANTILES) if len(values) else np.zeros(len(QUANTILES)) for values in known]
     model = ItemsModel(np.asarray(knots) + np.arange(len(QUANTILES)) * 1e-9, np.zeros(0), 0.)
     rows, k, more = _questions(items["quantity"].to_numpy(int))
     fitted = LogisticRegression(C=strength, max_iter=1000).fit(_asked(model.columns(items)[rows], k), more)
     return ItemsModel(model.knots, fitted.coef_[0], float(fitted.intercept_[0]))
 
-# %% ../../nbs/09_check/03_items.ipynb #e74fa33d
+# %% ../../nbs/09_check/03_items.ipynb #ae086317
 @patch
 def quantities(self:ItemsModel,
     items:pd.DataFrame, # as for item_measures
@@ -121,12 +124,13 @@ def quantities(self:ItemsModel,
     columns = self.columns(items)
     every, later, level = np.split(self.weights, [columns.shape[1], 2 * columns.shape[1]])
     k = np.arange(1, most + 1)
-    more = (columns @ every)[:, None] + (columns @ later)[:, None] * (k > 1) + level[np.minimum(k, LEVELS) - 1] + self.bias
+    more = (columns @ every)[:, None] + (columns @ later)[:, None] * (k > 1)
+    more += level[np.minimum(k, LEVELS) - 1] + self.bias
     more = 1 / (1 + np.exp(-more))
     at_least = np.hstack([np.ones((len(items), 1)), more[:, :-1].cumprod(axis=1)])
     return at_least * (1 - more)
 
-# %% ../../nbs/09_check/03_items.ipynb #431c6e0e
+# %% ../../nbs/09_check/03_items.ipynb #b71f5d3e
 def _sums(ids, quantities, top):
     "The distribution of the sum of each bin's quantities, from 0 to `top`; ids in order of their first item."
     codes, ids = pd.factorize(ids)
@@ -136,7 +140,7 @@ def _sums(ids, quantities, top):
     for j in range(turn.max(initial=-1) + 1):
         rows, old = codes[turn == j], sums[codes[turn == j]]
         sums[rows] = 0
-        for q in range(1, min(top, quantities.shape[1]) + 1): sums[rows, q:] += old[:, :-q] * quantities[turn == j, q - 1][:, None]
+        for q, p in enumerate(quantities[turn == j].T[:top], 1): sums[rows, q:] += old[:, :-q] * p[:, None]
     return pd.DataFrame(sums, ids)
 
 # %% ../../nbs/09_check/03_items.ipynb #9d9359de
@@ -149,7 +153,7 @@ def counts(self:ItemsModel,
     sums = _sums(items["id"].to_numpy(), self.quantities(items, max(counts)), max(counts))[list(counts)]
     return sums.div(sums.sum(axis=1).replace(0, np.nan), axis=0)
 
-# %% ../../nbs/09_check/03_items.ipynb #61b8f7a3
+# %% ../../nbs/09_check/03_items.ipynb #ce1f09e6
 @patch
 def arrays(self:ItemsModel)->dict: # name → array
     "The model as arrays."
@@ -163,5 +167,5 @@ def items_model(
     shapes = {name: np.shape(arrays.get(name)) for name in ("knots", "weights", "bias")}
     columns = MOST_KINDS + 4 * len(MEASURES) * len(QUANTILES) + 1 + len(WORDS)
     if shapes != {"knots": (len(MEASURES), len(QUANTILES)), "weights": (2 * columns + LEVELS,), "bias": (1,)}:
-        raise DataError(f"evidence of the items: arrays of shapes {shapes}", "fit it again: binvision evidence MODEL DATA MANIFEST")
+        raise DataError(f"evidence of the items: arrays of shapes {shapes}", "fit the evidence again")
     return ItemsModel(arrays["knots"], arrays["weights"], float(arrays["bias"][0]))

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'COUNTS', 'EXCESS', 'SIZES', 'record_sizes', 'record_columns', 'Matcher', 'fit_matcher', 'matcher_of']
 
-# %% ../../nbs/09_check/04_match.ipynb #04e5e05d
+# %% ../../nbs/09_check/04_match.ipynb #4e394a62
+import warnings
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -13,7 +15,7 @@ from fastcore.basics import patch
 from .items import item_measures
 from ..ground.core import DataError, rng
 
-# %% ../../nbs/09_check/04_match.ipynb #030ce152
+# %% ../../nbs/09_check/04_match.ipynb #73667fcf
 KINDS, COUNTS, EXCESS = 6, 10, 5 # more kinds, items, items than kinds count as this many
 SIZES = ("volume", "largest", "smallest", "weight", "longest", "shortest") # logarithms; NaN where unknown
 
@@ -24,10 +26,11 @@ def record_sizes(
     table, bins = item_measures(items), items["id"].to_numpy()
     each = table.groupby(bins, sort=False)
     known = table[["volume", "weight"]].apply(np.exp).groupby(bins, sort=False).sum(min_count=1).apply(np.log)
-    return pd.DataFrame({"kinds": each.size(), "volume": known["volume"], "largest": each["volume"].max(), "smallest": each["volume"].min(),
-                         "weight": known["weight"], "longest": each["longest"].max(), "shortest": each["shortest"].min()})
+    return pd.DataFrame({"kinds": each.size(), "volume": known["volume"], "largest": each["volume"].max(),
+                         "smallest": each["volume"].min(), "weight": known["weight"], "longest": each["longest"].max(),
+                         "shortest": each["shortest"].min()})
 
-# %% ../../nbs/09_check/04_match.ipynb #8ae9e88b
+# %% ../../nbs/09_check/04_match.ipynb #a165c39a
 def _one_hot(values, n): return np.eye(n)[np.clip(np.nan_to_num(values), 0, n - 1).astype(int)]
 
 
@@ -41,9 +44,10 @@ def record_columns(
     values = sizes[list(SIZES)].to_numpy(float, copy=True)
     values[:, [0, 3]] += np.log(np.maximum(count, 1) / np.maximum(kinds, 1))[:, None]
     values = np.nan_to_num((values - scale[0]) / scale[1])
-    return np.hstack([_one_hot(kinds, KINDS + 1), _one_hot(count, COUNTS + 1), _one_hot(count - kinds, EXCESS + 1), values, np.maximum(values, 0)])
+    return np.hstack([_one_hot(kinds, KINDS + 1), _one_hot(count, COUNTS + 1), _one_hot(count - kinds, EXCESS + 1),
+                      values, np.maximum(values, 0)])
 
-# %% ../../nbs/09_check/04_match.ipynb #d7c845b9
+# %% ../../nbs/09_check/04_match.ipynb #a5dfba16
 class Matcher:
     "How well pictures and records go together."
 
@@ -56,7 +60,9 @@ class Matcher:
     ):
         self.directions, self.scale, self.weights, self.bias = directions, scale, weights, bias
 
-    def __repr__(self): return f"Matcher({self.directions.shape[1] - 1} features in {len(self.directions)} directions, {self.weights.size} weights)"
+    def __repr__(self):
+        n, d = self.directions.shape[1] - 1, len(self.directions)
+        return f"Matcher({n} features in {d} directions, {self.weights.size} weights)"
 
 @patch
 def seen(self:Matcher,
@@ -73,7 +79,8 @@ def log_ratio(self:Matcher,
     count, # of each bin, or one for all
 )->np.ndarray: # n
     "The logarithm of d(picture, record), for each bin with the given count."
-    return np.einsum("nd,dc,nc->n", seen, self.weights, record_columns(sizes, count, self.scale), optimize=True) + self.bias
+    columns = record_columns(sizes, count, self.scale)
+    return np.einsum("nd,dc,nc->n", seen, self.weights, columns, optimize=True) + self.bias
 
 # %% ../../nbs/09_check/04_match.ipynb #e18c3c7b
 def _directions(features, most):
@@ -92,7 +99,7 @@ def _pairs(seen, columns, shuffles, seed):
     products = [(seen[:, :, None] * columns[order][:, None]).reshape(n, -1) for order in orders]
     return np.concatenate(products).astype(np.float32), np.repeat([True, False], [n, shuffles * n])
 
-# %% ../../nbs/09_check/04_match.ipynb #321530e0
+# %% ../../nbs/09_check/04_match.ipynb #143f3661
 def fit_matcher(
     features:np.ndarray, # n × number of features, of pictures whose records may be believed
     sizes:pd.DataFrame, # of the same bins, from record_sizes
@@ -105,17 +112,21 @@ def fit_matcher(
     "Learn to tell true pairs from shuffled ones. Raises `DataError` for fewer than 50 bins."
     from sklearn.linear_model import LogisticRegression
 
-    if len(features) < 50: raise DataError(f"{len(features)} bins with a picture and items: too few to learn from", "give 50 or more")
+    if (n := len(features)) < 50: raise DataError(f"{n} bins with a picture and items: too few to learn from", "give 50 or more")
     values = sizes[list(SIZES)].to_numpy(float, copy=True)
-    scale = np.stack([np.nan_to_num(np.nanmean(values, axis=0)), np.nan_to_num(np.nanstd(values, axis=0), nan=1) + 1e-6])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a size that is known of no item
+        mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    scale = np.stack([np.nan_to_num(mean), np.nan_to_num(std, nan=1) + 1e-6])
     matcher = Matcher(_directions(features, most), scale, np.zeros(0), np.log(shuffles))
     columns = record_columns(sizes, count, scale)
     products, true = _pairs(matcher.seen(features), columns, shuffles, seed)
     fitted = LogisticRegression(C=strength, max_iter=500).fit(products, true)
-    matcher.weights, matcher.bias = fitted.coef_.reshape(-1, columns.shape[1]).astype(float), matcher.bias + float(fitted.intercept_[0])
+    matcher.weights = fitted.coef_.reshape(-1, columns.shape[1]).astype(float)
+    matcher.bias += float(fitted.intercept_[0])
     return matcher
 
-# %% ../../nbs/09_check/04_match.ipynb #ffe98ac7
+# %% ../../nbs/09_check/04_match.ipynb #2fc4fee2
 @patch
 def arrays(self:Matcher)->dict: # name → array
     "The matcher as arrays."
@@ -126,9 +137,11 @@ def matcher_of(
     arrays:dict, # from Matcher.arrays, and maybe others
 )->Matcher:
     "The matcher that arrays hold. Raises `DataError` for arrays that do not fit together."
-    try: directions, scale, weights, bias = (np.asarray(arrays[name], float) for name in ("directions", "scale", "match", "match_bias"))
+    names = ("directions", "scale", "match", "match_bias")
+    try: directions, scale, weights, bias = (np.asarray(arrays[name], float) for name in names)
     except KeyError as e: raise DataError(f"evidence of the pictures: no array {e}", "fit the evidence again") from e
     columns = KINDS + COUNTS + EXCESS + 3 + 2 * len(SIZES)
-    if scale.shape != (2, len(SIZES)) or bias.shape != (1,) or directions.ndim != 2 or weights.shape != (len(directions) + 1, columns):
+    fits = directions.ndim == 2 and weights.shape == (len(directions) + 1, columns)
+    if scale.shape != (2, len(SIZES)) or bias.shape != (1,) or not fits:
         raise DataError("evidence of the pictures: arrays that do not fit together", "fit the evidence again")
     return Matcher(directions, scale, weights, float(bias[0]))
