@@ -47,7 +47,7 @@ def jpeg_segments(
         yield code, raw[at+2:at+size]
         at += size
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #ccf30a7f
+# %% ../../nbs/00_ground/03_bounds.ipynb #aed87061
 _FRAMES = {0xC0, 0xC1, 0xC2} # the kinds of JPEG that cameras and browsers know: baseline, extended, progressive
 _RARE = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF} # lossless and arithmetic ones, which take long
 _NOTES = {0xFE, *range(0xE0, 0xF0)} # metadata
@@ -56,7 +56,8 @@ _NOTES = {0xFE, *range(0xE0, 0xF0)} # metadata
 def _scans_allowed(frame, max_pixels):
     "How many scans a JPEG may have, by the segment that tells its size; one that is too large is not opened anyway."
     height, width = struct.unpack(">HH", frame[2:6])
-    return min(MAX_SCANS, MAX_PASSES * max_pixels // max(1, height * width)) if height * width <= max_pixels else MAX_SCANS
+    pixels = max(1, height * width)
+    return min(MAX_SCANS, MAX_PASSES * max_pixels // pixels) if pixels <= max_pixels else MAX_SCANS
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #b346e350
 def check_jpeg(
@@ -94,7 +95,7 @@ def check_png(
         if notes > MAX_NOTES: raise Costly(f"a PNG with more than {MAX_NOTES} pieces of metadata")
     raise Costly(f"a PNG of more than {MAX_READS:,} pieces")
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #4826d407
+# %% ../../nbs/00_ground/03_bounds.ipynb #01dca2eb
 class Metered(io.BytesIO):
     "A file in memory that counts what is read from it."
 
@@ -111,7 +112,8 @@ class Metered(io.BytesIO):
         self.reads -= 1
         self.left -= len(got)
         if self.reads >= 0 and self.left >= 0: return got
-        raise Costly("a file whose parts are read many times" if self.reads >= 0 else f"a file of more than {MAX_READS:,} pieces")
+        if self.reads < 0: raise Costly(f"a file of more than {MAX_READS:,} pieces")
+        raise Costly("a file whose parts are read many times")
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #d7c88ad4
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF") # Pillow's names of the formats that are opened

@@ -103,7 +103,7 @@ def _content(source):
     with contextlib.suppress(AttributeError, OSError): source.seek(0)  # a file that can be read once has no seek
     return source.read(MAX_BYTES + 1)
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #99c102dc
+# %% ../../nbs/00_ground/03_pictures.ipynb #5360d86b
 def _as_image(source, formats, max_pixels):
     "The source as a Pillow image, not decoded yet where it is a file."
     if isinstance(source, Image.Image): image = source
@@ -114,13 +114,14 @@ def _as_image(source, formats, max_pixels):
         image = open_bounded(raw, formats, max_pixels)
     if image.width * image.height > max_pixels: raise Image.DecompressionBombError("too large")
     if image.width * image.height: return image
-    raise ImageError(f"{source_name(source)}: has no pixels ({image.width} × {image.height})", "pass a picture", "empty")
+    size = f"{image.width} × {image.height}"
+    raise ImageError(f"{source_name(source)}: has no pixels ({size})", "pass a picture", "empty")
 
 
 @contextlib.contextmanager
 def open_picture(
     source, # anything that load_image takes
-    formats:tuple|None=None, # Pillow's names of the formats to accept, such as ("JPEG", "PNG"); None for FORMATS of ground.bounds
+    formats:tuple|None=None, # Pillow's names of those to accept, such as ("JPEG", "PNG"); None for ground.bounds.FORMATS
     max_pixels:int=MAX_PIXELS, # that it may have
 )->Iterator[Image.Image]: # not decoded yet
     "Open a picture for the block. Raises `ImageError` for anything that goes wrong with it."
@@ -155,8 +156,10 @@ def to_rgb(
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
-# %% ../../nbs/00_ground/03_pictures.ipynb #5c7e24be
-_TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), 2))
+# %% ../../nbs/00_ground/03_pictures.ipynb #dfe07d4b
+_TURNS = { # as EXIF numbers them → as Pillow calls them
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}
 
 
 def upright(
