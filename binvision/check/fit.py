@@ -53,7 +53,7 @@ def look_stream(
     paths = iter(paths)
     return in_order(partial(_look, network), iter(lambda: list(islice(paths, batch_size)), []), network.threads)
 
-# %% ../../nbs/09_check/13_fit.ipynb #7f4e4412
+# %% ../../nbs/09_check/13_fit.ipynb #74ed7093
 def look_all(
     network:FeatureModel,
     paths:Iterable, # n pictures
@@ -65,7 +65,8 @@ def look_all(
     found = [row[:3] for row in tqdm(look_stream(network, paths), total=len(paths), unit=" pictures", disable=None)]
     good = next((row for row in found if row[0] is not None), None)
     if good is None: raise DataError(f"none of {len(paths)} pictures can be read", "look at them: binvision catalogue DATA")
-    return tuple(np.stack([np.full_like(good[k], np.nan) if row[k] is None else row[k] for row in found]) for k in range(3))
+    broken = [np.full_like(values, np.nan) for values in good]
+    return tuple(np.stack(column) for column in zip(*(broken if row[0] is None else row for row in found)))
 
 # %% ../../nbs/09_check/13_fit.ipynb #50d21b96
 @dataclass(repr=False)
@@ -78,7 +79,7 @@ class Fitted:
 
     def __repr__(self): return f"Fitted({self.evidence!r}, {self.calibration!r})"
 
-# %% ../../nbs/09_check/13_fit.ipynb #2a821c44
+# %% ../../nbs/09_check/13_fit.ipynb #ac7782e7
 def _items(cat, ids): return cat.items[cat.items["id"].isin(ids) & (cat.items["quantity"] > 0)]
 
 
@@ -105,7 +106,8 @@ def fit_check(
     learnt.items = _items(cat, lists)  # quantities can be learnt from bins of any count
     compared, seen = _part(network, cat, valid)
     evidence = fit_evidence(learnt, network.card["counts"], seed)
-    return Fitted(evidence, calibrate(evidence, compared, seed), fences(seen[~np.isnan(seen[:, 0])]), read_card(model)["files"]["model.onnx"])
+    usual = fences(seen[~np.isnan(seen[:, 0])])
+    return Fitted(evidence, calibrate(evidence, compared, seed), usual, read_card(model)["files"]["model.onnx"])
 
 # %% ../../nbs/09_check/13_fit.ipynb #92e80a64
 def _alone(fitted):
@@ -115,22 +117,24 @@ def _alone(fitted):
     group = np.where(c.wrong, -1, c.groups[np.searchsorted(c.counts, c.count)])[seen]
     return {"alone_odds": fitted.evidence.picture_odds(), "alone_groups": c.groups, "alone_group": group, "alone_odd": c.odd[seen]}
 
-# %% ../../nbs/09_check/13_fit.ipynb #0b54e837
+# %% ../../nbs/09_check/13_fit.ipynb #69e8f73d
 def _write_plausible(model, calibration, level=.9):
     "Note in the card from which probability each count is plausible for a picture alone."
     card = read_card(model) | {"plausible": {"level": level, "least": calibration.least(level)}}
-    with atomic_write(Path(model)/"card.json", "w") as file: file.write(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(Path(model)/"card.json", "w") as file: file.write(text)
 
-# %% ../../nbs/09_check/13_fit.ipynb #0ef7ec3b
+# %% ../../nbs/09_check/13_fit.ipynb #84ce401e
 def save_evidence(
     fitted:Fitted, # from fit_check
     model:str|os.PathLike, # the model folder of its network
 )->Path: # the file
-    "Keep what was learnt beside the network. Raises `ModelError` for the folder of another network, `DataError` where the disk refuses."
+    "Keep what was learnt beside the network. Raises `ModelError` for another network, `DataError` where the disk refuses."
     from safetensors.numpy import save
 
     if read_card(model)["files"]["model.onnx"] != fitted.network:
-        raise ModelError(f"{model}: holds another network than the one that the evidence was fitted with", "fit it for this one: binvision evidence MODEL DATA MANIFEST")
+        raise ModelError(f"{model}: holds another network than the one that the evidence was fitted with",
+                         "fit it for this one: binvision evidence MODEL DATA MANIFEST")
     arrays = fitted.evidence.arrays() | fitted.calibration.arrays() | _alone(fitted) | {"usual": fitted.usual}
     path = Path(model)/EVIDENCE
     with atomic_write(path) as file:
@@ -152,7 +156,7 @@ def load_evidence(
     if fitted.evidence.counts != read_card(model)["counts"]: raise unusable(model, "it is about other counts than the model's")
     return fitted
 
-# %% ../../nbs/09_check/13_fit.ipynb #3f8707bd
+# %% ../../nbs/09_check/13_fit.ipynb #9f55c7f4
 def bare_evidence(
     model:str|os.PathLike, # a model folder
 )->Fitted:
@@ -161,4 +165,5 @@ def bare_evidence(
     counts, none = card["counts"], np.zeros(0)
     shares = np.full(len(counts), 1 / len(counts))
     calibration = Calibration(none.astype(int), none, none, none, none > 0, np.array(counts), np.zeros(len(counts), int))
-    return Fitted(Evidence(counts, shares, np.full(9, 1 / 9), np.full(10, .1)), calibration, np.array([[-np.inf] * 3, [np.inf] * 3]), card["files"]["model.onnx"])
+    evidence = Evidence(counts, shares, np.full(9, 1 / 9), np.full(10, .1))
+    return Fitted(evidence, calibration, np.array([[-np.inf] * 3, [np.inf] * 3]), card["files"]["model.onnx"])

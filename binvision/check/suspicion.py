@@ -17,7 +17,7 @@ from .evidence import Bins, Evidence
 from .match import record_sizes
 from ..ground.core import UsageError
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #ddf67626
+# %% ../../nbs/09_check/06_suspicion.ipynb #e31bee03
 RATES = {"one off": .01, "missing item": .0025, "extra item": .0025, "swapped": .0025, "far off": .0025} # shares of all records
 
 
@@ -29,10 +29,10 @@ def checked_rates(
     if unknown := [kind for kind in rates if kind not in KINDS]:
         raise UsageError(f"rate of {unknown[0]!r}: no such kind of error", f"the kinds are {', '.join(KINDS)}")
     if not all(0 <= share < 1 for share in rates.values()) or not 0 < sum(rates.values()) < 1:
-        raise UsageError(f"rates {rates}: not shares of all records", "give each kind a share from 0 to 1, such as 0.01, in all more than 0 and less than 1")
+        raise UsageError(f"rates {rates}: not shares of all records", "give each kind a share such as 0.01, in all more than 0 and less than 1")
     return dict.fromkeys(KINDS, 0.) | rates
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #6a6d5150
+# %% ../../nbs/09_check/06_suspicion.ipynb #19f3ba13
 def _at(table, counts, wanted):
     "The value of each row of a table (n × counts) at a wanted count; 0 where the count is not known."
     column = pd.Index(counts).get_indexer(wanted)
@@ -41,12 +41,14 @@ def _at(table, counts, wanted):
 
 @patch
 def _quantity_ratios(self:Evidence, bins, said, steps, most=24):
-    "Step → for each bin P(s′)/P(s), when the true quantity of one of its items was `step` higher: the mean over its items."
+    "Step → for each bin P(s′)/P(s), if one of its items is really there `step` times more: the mean over its items."
     prior, listed = np.tile(self.prior, (len(bins), 1)), np.isin(said.source, ("items", "picture and items"))
-    out = {step: _at(prior, self.counts, bins.recorded + step) / np.maximum(_at(prior, self.counts, bins.recorded), 1e-9) for step in steps}
+    usual = np.maximum(_at(prior, self.counts, bins.recorded), 1e-9)
+    out = {step: _at(prior, self.counts, bins.recorded + step) / usual for step in steps}
     if not listed.any(): return out
     p = np.pad(self.items.quantities(bins.items, most), ((0, 0), (1, 0)))
-    rows, now, ids = np.arange(len(p)), np.clip(bins.items["quantity"].to_numpy(int), 1, most), bins.items["id"].to_numpy()
+    rows, ids = np.arange(len(p)), bins.items["id"].to_numpy()
+    now = np.clip(bins.items["quantity"].to_numpy(int), 1, most)
     for step in steps:
         ratio = p[rows, np.clip(now + step, 0, most)] / np.maximum(p[rows, now], 1e-9)
         out[step][listed] = pd.Series(ratio).groupby(ids).mean().reindex(bins.ids[listed]).to_numpy()
@@ -72,9 +74,9 @@ def _missing(self:Evidence, bins, said):
     share = np.where(extra >= 1, self.quantity[np.clip(extra - 1, 0, len(self.quantity) - 1).astype(int)], 0)
     return share * more * self._kinds_ratio(kinds, 1)[:, None]
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #b1d4e410
+# %% ../../nbs/09_check/06_suspicion.ipynb #170ce024
 def _without_each(items):
-    "Each list without each of its items in turn: rows with a new id, and for each new id the bin and what was left out."
+    "Each list without each of its items in turn: rows with a new id, and the bin and what was left out of each."
     left = items[["id", "asin", "quantity"]].rename(columns={"asin": "without", "quantity": "less"})
     rows = items.merge(left, on="id")
     rows = rows[rows["asin"] != rows["without"]]
@@ -82,10 +84,10 @@ def _without_each(items):
     code = rows[["id", "without"]].merge(keys.assign(key=keys.index), on=["id", "without"])["key"]
     return rows.assign(id=code.to_numpy()), keys
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #b5ce7c68
+# %% ../../nbs/09_check/06_suspicion.ipynb #2a0e4b30
 @patch
 def _extra(self:Evidence, bins, said, most=12):
-    "n × counts: P(s′)/P(s) · d(x, s′) for a true content without one of the listed items, by its count; the mean over the items."
+    "n × counts: P(s′)/P(s) · d(x, s′) for a true content without one of the items, by its count; the mean over them."
     kinds, out = said.sizes["kinds"].to_numpy(float), np.zeros(said.ratio.shape)
     ids = bins.ids[(said.source == "picture and items") & (kinds >= 2) & (kinds <= most)]
     if not len(ids): return out
@@ -111,19 +113,20 @@ def _hypotheses(self:Evidence, bins, said, rates):
     alone = np.where(np.isnan(bins.probabilities), self.prior, bins.probabilities)
     return (1 - sum(rates.values())) * _at(d, self.counts, r), wrong + rates["swapped"] * alone
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #42974da7
+# %% ../../nbs/09_check/06_suspicion.ipynb #7d7c23b8
 @patch
 def suspicion(self:Evidence,
     bins:Bins, # n bins
     rates:dict|None=None, # kind of error → share of all records; None for RATES
 )->pd.DataFrame: # by id: p_wrong (probability that the record is wrong), likely (the most probable count if it is)
-    "How probable it is that each record is wrong; NaN where nothing can be said. Raises `UsageError` for rates that are none."
+    "How probable it is that each record is wrong; NaN: nothing can be said. Raises `UsageError` for rates that are none."
     said = self.said(bins)
     right, wrong = self._hypotheses(bins, said, checked_rates(rates))
     other = np.where(np.array(self.counts)[None] == bins.recorded[:, None], -1, wrong)
     told = (said.source != "none") & np.isin(bins.recorded, self.counts) & ~np.isnan(said.base).any(axis=1)
     p = 1 - right / (right + wrong.sum(axis=1))
-    return pd.DataFrame({"p_wrong": np.where(told, p, np.nan), "likely": np.where(told, np.array(self.counts)[other.argmax(axis=1)], np.nan)}, bins.ids)
+    likely = np.where(told, np.array(self.counts)[other.argmax(axis=1)], np.nan)
+    return pd.DataFrame({"p_wrong": np.where(told, p, np.nan), "likely": likely}, bins.ids)
 
 # %% ../../nbs/09_check/06_suspicion.ipynb #3eb575f7
 @patch

@@ -60,10 +60,11 @@ class Calibration:
 
     def __repr__(self): return f"Calibration({(~self.wrong).sum() // 3:,} bins)"
 
-# %% ../../nbs/09_check/12_verdict.ipynb #6f4d95a9
+# %% ../../nbs/09_check/12_verdict.ipynb #32784f50
 def _views(bins):
     "The bins with all evidence, with the picture alone, with the items alone."
-    dark = replace(bins, probabilities=np.full_like(bins.probabilities, np.nan), features=np.full_like(bins.features, np.nan))
+    nothing = lambda array: np.full_like(array, np.nan)
+    dark = replace(bins, probabilities=nothing(bins.probabilities), features=nothing(bins.features))
     return bins, replace(bins, items=bins.items.iloc[:0]), dark
 
 
@@ -74,11 +75,12 @@ def _looked_at(evidence, bins, records, wrong):
         source = np.array([SOURCES.index(s) for s in evidence.sources(view)])
         posterior, column = evidence.posterior(view).to_numpy(), pd.Index(evidence.counts).get_indexer(records)
         mass = np.where(column < 0, np.nan, posterior[np.arange(len(view)), column])
-        rows.append(np.stack([source, records, evidence.suspicion(replace(view, recorded=records))["p_wrong"], mass, np.full(len(view), wrong)]))
+        odd = evidence.suspicion(replace(view, recorded=records))["p_wrong"]
+        rows.append(np.stack([source, records, odd, mass, np.full(len(view), wrong)]))
     rows = np.hstack(rows)
     return rows[:, ~np.isnan(rows[:4]).any(axis=0)]
 
-# %% ../../nbs/09_check/12_verdict.ipynb #d167bbda
+# %% ../../nbs/09_check/12_verdict.ipynb #ad799327
 def calibrate(
     evidence:Evidence,
     bins:Bins, # of the valid part, with records that may be believed
@@ -86,17 +88,19 @@ def calibrate(
 )->Calibration:
     "Look at calibration bins. Raises `DataError` for fewer than 20 of them."
     bins = bins.of(np.isin(bins.recorded, evidence.counts))
-    if len(bins) < 20: raise DataError(f"{len(bins)} bins to calibrate with: too few", "pass a valid part of 20 bins or more, better 1,000")
+    if len(bins) < 20: raise DataError(f"{len(bins)} bins to calibrate with: too few", "pass a valid part of 20 or more")
     rows = [_looked_at(evidence, bins, bins.recorded, 0)]
     if len(bins.items):
         made = falsify(bins.items, RATES, .9, seed, evidence.counts, bins.ids)
         changed = bins.of(pd.Index(bins.ids).isin(made.changes["id"]))
         changed.items = made.items[made.items["id"].isin(changed.ids)]
-        rows.append(_looked_at(evidence, changed, changed.items.groupby("id")["quantity"].sum().reindex(changed.ids).to_numpy(float), 1))
+        records = changed.items.groupby("id")["quantity"].sum().reindex(changed.ids).to_numpy(float)
+        rows.append(_looked_at(evidence, changed, records, 1))
     source, count, odd, mass, wrong = np.hstack(rows)
-    return Calibration(source.astype(int), count, odd, mass, wrong > 0, np.array(evidence.counts), count_groups(bins.recorded, evidence.counts))
+    groups = count_groups(bins.recorded, evidence.counts)
+    return Calibration(source.astype(int), count, odd, mass, wrong > 0, np.array(evidence.counts), groups)
 
-# %% ../../nbs/09_check/12_verdict.ipynb #4fc1704b
+# %% ../../nbs/09_check/12_verdict.ipynb #7bc92b1a
 @patch
 def group(self:Calibration,
     source:np.ndarray, # n numbers: which of SOURCES
@@ -117,7 +121,8 @@ def compare(self:Calibration,
     kind, right = pd.Index(SOURCES).get_indexer(source), ~self.wrong
     group, known = self.group(kind, recorded), self.group(self.source, self.count)
     odd = np.where(group < 0, np.nan, odd)
-    return p_values(odd, group, self.odd[right], known[right]), p_values(-odd, kind, -self.odd[self.wrong], self.source[self.wrong])
+    return (p_values(odd, group, self.odd[right], known[right]),
+            p_values(-odd, kind, -self.odd[self.wrong], self.source[self.wrong]))
 
 # %% ../../nbs/09_check/12_verdict.ipynb #a5113956
 def verdicts(
@@ -131,7 +136,7 @@ def verdicts(
         if not 0 < share < 1: raise UsageError(f"{name}={share}: not between 0 and 1", "0.02 is 2 %")
     return np.where(right <= false_alarms, "disagrees", np.where(wrong <= missed, "agrees", "unsure")).astype(object)
 
-# %% ../../nbs/09_check/12_verdict.ipynb #c567d091
+# %% ../../nbs/09_check/12_verdict.ipynb #a74d35c5
 @patch
 def ranges(self:Calibration,
     source:np.ndarray, # n texts of SOURCES
@@ -139,9 +144,10 @@ def ranges(self:Calibration,
     level:float=.9, # the share of bins whose set holds the truth
 )->tuple: # two arrays of n columns: the first and the last of each range
     "The range of plausible counts, as columns of the posterior; it always holds the most probable one."
-    kind, right, known = pd.Index(SOURCES).get_indexer(source), ~self.wrong, self.groups[pd.Index(self.counts).get_indexer(self.count)]
+    kind, right = pd.Index(SOURCES).get_indexer(source), ~self.wrong
+    known = self.groups[pd.Index(self.counts).get_indexer(self.count)]
     alike = [right & (known == g) for g in self.groups]
-    p = np.stack([p_values(-posterior[:, k], kind, -self.mass[same], self.source[same]) for k, same in enumerate(alike)], axis=1)
+    p = np.stack([p_values(-mass, kind, -self.mass[same], self.source[same]) for mass, same in zip(posterior.T, alike)], axis=1)
     inside = p > 1 - level
     inside[np.arange(len(p)), np.nan_to_num(posterior).argmax(axis=1)] = True
     return inside.argmax(axis=1), inside.shape[1] - 1 - inside[:, ::-1].argmax(axis=1)
@@ -160,7 +166,7 @@ def least(self:Calibration,
         found.append(float(np.append(0, mass)[np.argmax(p > 1 - level)]))
     return found
 
-# %% ../../nbs/09_check/12_verdict.ipynb #1cc4d6cf
+# %% ../../nbs/09_check/12_verdict.ipynb #2fa14020
 _FIELDS = ("source", "count", "odd", "mass", "wrong", "counts", "groups")
 
 @patch
@@ -173,8 +179,9 @@ def calibration_of(
     arrays:dict, # from Calibration.arrays, and maybe others
 )->Calibration:
     "The calibration that arrays hold. Raises `DataError` for arrays that do not fit together."
-    try: source, count, odd, mass, wrong, counts, groups = (np.asarray(arrays[f"calibration_{name}"], float) for name in _FIELDS)
+    try: found = [np.asarray(arrays[f"calibration_{name}"], float) for name in _FIELDS]
     except KeyError as e: raise DataError(f"evidence: no array {e}", "fit the evidence again") from e
-    if len({a.shape for a in (source, count, odd, mass, wrong)}) > 1 or counts.shape != groups.shape or not np.isin(count, counts).all():
+    source, count, odd, mass, wrong, counts, groups = found
+    if len({a.shape for a in found[:5]}) > 1 or counts.shape != groups.shape or not np.isin(count, counts).all():
         raise DataError("evidence: calibration arrays that do not fit together", "fit the evidence again")
     return Calibration(source.astype(int), count, odd, mass, wrong > 0, counts.astype(int), groups.astype(int))
