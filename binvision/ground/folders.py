@@ -44,9 +44,13 @@ def atomic_folder(
             if left is not False: _settle(path)
         with claimed(path, os.mkdir, _replace) as part: yield part
 
-# %% ../../nbs/00_ground/06_folders.ipynb #cf969579
+# %% ../../nbs/00_ground/06_folders.ipynb #59dfee0b
 @contextlib.contextmanager
 def temporary_folder()->Iterator[Path]:
-    "A folder in the temporary directory, which is removed after the block; what killed processes left of their own is removed before it."
+    "A folder in the temporary directory for the block. What killed processes left of their own is removed first."
     def create(part): os.mkdir(part, 0o700)
-    with claimed(Path(tempfile.gettempdir())/"binvision", create, lambda part, path: remove(part)) as folder: yield folder
+    place, usual = Path(tempfile.gettempdir()), tempfile.tempdir
+    with claimed(place/"binvision", create, lambda part, path: remove(part)) as folder:
+        tempfile.tempdir = str(folder)
+        try: yield folder
+        finally: tempfile.tempdir = usual
