@@ -52,34 +52,37 @@ def unusable(
     "The error for evidence that is of no use."
     return ModelError(f"{Path(model)/EVIDENCE}: cannot be used ({getattr(why, 'problem', None) or why})", _AGAIN)
 
-# %% ../../nbs/09_check/12_alone.ipynb #0848af77
+# %% ../../nbs/09_check/12_alone.ipynb #1df6bce7
 def read_evidence(
     model:str|os.PathLike, # a model folder
 )->tuple: # SHA-256 of its network, and name → array
-    "The arrays of a model's evidence. Raises `ModelError` where there are none, or where they belong to another network."
+    "The arrays of a model's evidence. Raises `ModelError` where there are none, or ones of another network."
     from safetensors import safe_open
 
     path = Path(model)/EVIDENCE
     if not os.path.lexists(path): raise ModelError(f"{model}: has no {EVIDENCE}", _AGAIN)
     try:
         read_file(path, 100_000_000)
-        with safe_open(path, "numpy") as file: network, arrays = (file.metadata() or {}).get("network"), {k: file.get_tensor(k) for k in file.keys()}
+        with safe_open(path, "numpy") as file:
+            network, arrays = (file.metadata() or {}).get("network"), {k: file.get_tensor(k) for k in file.keys()}
     except Exception as e:  # whatever a damaged file holds
         raise unusable(model, e) from e
-    if network != read_card(model)["files"]["model.onnx"]: raise ModelError(f"{path}: was fitted with another network than the one beside it", _AGAIN)
-    return network, arrays
+    if network == read_card(model)["files"]["model.onnx"]: return network, arrays
+    raise ModelError(f"{path}: was fitted with another network than the one beside it", _AGAIN)
 
-# %% ../../nbs/09_check/12_alone.ipynb #f9438e1d
+# %% ../../nbs/09_check/12_alone.ipynb #46506291
 def load_alone(
     model:str|os.PathLike, # a model folder
 )->Alone|None:
-    "What a picture alone is compared with; None for a model without evidence. Raises `ModelError` for evidence that cannot be used."
+    "What a picture alone is compared with; None without evidence. Raises `ModelError` for evidence that cannot be used."
     if not os.path.lexists(Path(model)/EVIDENCE): return None
     counts, (_, arrays) = read_card(model)["counts"], read_evidence(model)
-    try: found = Alone(counts, *(arrays[f"alone_{name}"] for name in ("odds", "groups", "group", "odd")))
+    names = ("counts", "alone_odds", "alone_groups", "alone_group", "alone_odd")
+    try: fitted, *rest = (arrays[name] for name in names)
     except KeyError as e: raise unusable(model, f"no array {e}") from e
+    found = Alone(counts, *rest)
     n, bins = len(counts), found.odd.shape
     fits = (found.odds.shape, found.groups.shape, found.group.shape, len(bins)) == ((n, n), (n,), bins, 1)
-    if not fits or not all(np.isfinite(a).all() for a in (found.odds, found.odd)) or arrays.get("counts", counts).tolist() != counts:
+    if not fits or fitted.tolist() != counts or not all(np.isfinite(a).all() for a in (found.odds, found.odd)):
         raise unusable(model, "arrays that do not fit the model, or each other")
     return found

@@ -20,7 +20,7 @@ from ..ground.core import DataError, UsageError, atomic_write, disk_errors, regu
 from ..ground.pictures import PICTURES
 from .predict import Model, check_batch_size, load_model, predict_stream
 
-# %% ../../nbs/05_model/04_bulk.ipynb #ed4cef21
+# %% ../../nbs/05_model/04_bulk.ipynb #4379a1b5
 @dataclass
 class Reader:
     "What is asked of pictures, one after another."
@@ -35,8 +35,8 @@ def _predictions(model):
     sized = {"plausible": model.card["plausible"]} if model.card.get("plausible") else {}
     whole = dict.fromkeys(["count", *(["low", "high"] if sized else [])], "int64")
     numbers = dict.fromkeys(["confidence", "mean", *(f"p{c}" for c in model.card["counts"])], "float64")
-    about = {"model": model.card["files"][model.path.name], "backend": model.backend, "counts": model.card["counts"], **sized}
-    return Reader(rows, whole | numbers, about)
+    about = {"model": model.card["files"][model.path.name], "backend": model.backend, "counts": model.card["counts"]}
+    return Reader(rows, whole | numbers, about | sized)
 
 # %% ../../nbs/05_model/04_bulk.ipynb #3e62b573
 def _plan(about, sources):

@@ -67,9 +67,10 @@ def body_docs(
              "description": "Recorded quantity, with a bare picture."}
     return {"requestBody": {"required": True, "content": content}, "parameters": [query]}
 
-# %% ../../nbs/12_serve/09_app.ipynb #d0a5c7bf
+# %% ../../nbs/12_serve/09_app.ipynb #fcfcda6c
 _PROBABILITIES = {1: .08, 2: .62, 3: .2, 4: .07, 5: .03}
-_AGREEMENT = {"quantity": 3, "probability": .2, "verdict": "unsure", "p_value": .31, "reason": "the picture alone cannot tell"}
+_AGREEMENT = {"quantity": 3, "probability": .2, "verdict": "unsure", "p_value": .31,
+              "reason": "the picture alone cannot tell"}
 _SAID = {"model": "resnet50-0123456789ab", "milliseconds": 31.4,
          "predictions": [answer(Prediction("a.png", 2, _PROBABILITIES, low=2, high=3), _AGREEMENT, .9)]}
 _REFUSALS = { # status → code and detail of an example

@@ -98,7 +98,7 @@ def read(self:Service, raw):
     "An awaitable for the array of a picture."
     return self.in_thread(read_picture, raw, self.model.card, self.settings)
 
-# %% ../../nbs/12_serve/07_service.ipynb #a77ce01a
+# %% ../../nbs/12_serve/07_service.ipynb #891a2131
 @patch
 def answer(
     self:Service,
@@ -108,7 +108,8 @@ def answer(
     "The answer for one picture."
     card, s = self.model.card, self.settings
     prediction, said = prediction_of(one.name or "", softmax(row), card), None
-    if one.quantity is not None: said = agreement(prediction.probabilities, one.quantity, self.alone, s.false_alarms, s.missed)
+    if one.quantity is not None:
+        said = agreement(prediction.probabilities, one.quantity, self.alone, s.false_alarms, s.missed)
     return answer(prediction, said, (card.get("plausible") or {}).get("level"))
 
 # %% ../../nbs/12_serve/07_service.ipynb #ba14430d
