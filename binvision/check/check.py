@@ -121,6 +121,17 @@ def _write_findings(path, chunks, counts):
             totals.append(found.groupby(["recorded", "verdict", "evidence"], dropna=False).size())
     return pd.concat(totals).groupby(level=[0, 1, 2], dropna=False).sum().rename("n").reset_index()
 
+# %% ../../nbs/09_check/16_check.ipynb #6f1a4739
+def _first_pass(network, fitted, data, out, batch_size, overwrite):
+    "The file of the first pass, complete. One that is there already is used again."
+    path, reader = out/"pictures.parquet", _reader(network, fitted)
+    images = data/"bin-images" if (data/"bin-images").is_dir() else data
+    if not overwrite and path.exists():
+        if is_read(path, reader, images): return path
+        raise UsageError(f"{path}: is about other pictures, or of another model", "pass another --out, or --overwrite")
+    read_to(reader, images, path, batch_size=batch_size, overwrite=overwrite)
+    return path
+
 # %% ../../nbs/09_check/16_check.ipynb #aeca1667
 @dataclass(repr=False)
 class Checked:
@@ -158,18 +169,7 @@ def _repr_html_(self:Checked):
     shown = "".join(finding_html(rows[id], self.data) for id in first)
     return f"<p><b>{self!r}</b></p>{shown}<p>… see {self.out.name}/check.html</p>"
 
-# %% ../../nbs/09_check/16_check.ipynb #bbb2da3e
-def _first_pass(network, fitted, data, out, batch_size, overwrite):
-    "The file of the first pass, complete. One that is there already is used again."
-    path, reader = out/"pictures.parquet", _reader(network, fitted)
-    images = data/"bin-images" if (data/"bin-images").is_dir() else data
-    if not overwrite and path.exists():
-        if is_read(path, reader, images): return path
-        raise UsageError(f"{path}: is about other pictures, or of another model", "pass another --out, or --overwrite")
-    read_to(reader, images, path, batch_size=batch_size, overwrite=overwrite)
-    return path
-
-
+# %% ../../nbs/09_check/16_check.ipynb #5dbc57bf
 def _second_pass(fitted, data, pictures, out, rates, settings, chunk=5000):
     "Write findings.parquet; the totals."
     labels, _ = read_labels(data, [])

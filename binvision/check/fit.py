@@ -79,7 +79,7 @@ class Fitted:
 
     def __repr__(self): return f"Fitted({self.evidence!r}, {self.calibration!r})"
 
-# %% ../../nbs/09_check/13_fit.ipynb #ac7782e7
+# %% ../../nbs/09_check/13_fit.ipynb #a120882c
 def _items(cat, ids): return cat.items[cat.items["id"].isin(ids) & (cat.items["quantity"] > 0)]
 
 
@@ -88,7 +88,7 @@ def _part(network, cat, rows):
     p, features, seen = look_all(network, rows["path"])
     return Bins(rows["id"].to_numpy(object), rows["count"].to_numpy(float), p, features, _items(cat, rows["id"])), seen
 
-
+# %% ../../nbs/09_check/13_fit.ipynb #daff294e
 def fit_check(
     model, # the path of a model folder
     data:str|os.PathLike, # the data set folder, with documents where there are any

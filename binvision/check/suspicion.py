@@ -32,13 +32,13 @@ def checked_rates(
         raise UsageError(f"rates {rates}: not shares of all records", "give each kind a share such as 0.01, in all more than 0 and less than 1")
     return dict.fromkeys(KINDS, 0.) | rates
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #19f3ba13
+# %% ../../nbs/09_check/06_suspicion.ipynb #a18a3e08
 def _at(table, counts, wanted):
     "The value of each row of a table (n × counts) at a wanted count; 0 where the count is not known."
     column = pd.Index(counts).get_indexer(wanted)
     return np.where(column < 0, 0., table[np.arange(len(table)), column])
 
-
+# %% ../../nbs/09_check/06_suspicion.ipynb #86004232
 @patch
 def _quantity_ratios(self:Evidence, bins, said, steps, most=24):
     "Step → for each bin P(s′)/P(s), if one of its items is really there `step` times more: the mean over its items."
@@ -54,14 +54,14 @@ def _quantity_ratios(self:Evidence, bins, said, steps, most=24):
         out[step][listed] = pd.Series(ratio).groupby(ids).mean().reindex(bins.ids[listed]).to_numpy()
     return out
 
-# %% ../../nbs/09_check/06_suspicion.ipynb #10a6587c
+# %% ../../nbs/09_check/06_suspicion.ipynb #2961fc34
 @patch
 def _kinds_ratio(self:Evidence, kinds, step):
     "How much more often records list `step` more kinds."
     last, now = len(self.kinds) - 1, np.nan_to_num(kinds, nan=1).astype(int)
     return self.kinds[np.clip(now + step, 0, last)] / self.kinds[np.clip(now, 0, last)]
 
-
+# %% ../../nbs/09_check/06_suspicion.ipynb #a3f93ca3
 @patch
 def _missing(self:Evidence, bins, said):
     "n × counts: P(s′)/P(s) · d(x, s′) for a true content with one kind more, by its count."

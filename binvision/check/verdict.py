@@ -100,7 +100,7 @@ def calibrate(
     groups = count_groups(bins.recorded, evidence.counts)
     return Calibration(source.astype(int), count, odd, mass, wrong > 0, np.array(evidence.counts), groups)
 
-# %% ../../nbs/09_check/12_verdict.ipynb #7bc92b1a
+# %% ../../nbs/09_check/12_verdict.ipynb #a1d3f37b
 @patch
 def group(self:Calibration,
     source:np.ndarray, # n numbers: which of SOURCES
@@ -110,7 +110,7 @@ def group(self:Calibration,
     column = pd.Index(self.counts).get_indexer(recorded)
     return np.where(column < 0, -1, self.groups[column] + len(self.counts) * source)
 
-
+# %% ../../nbs/09_check/12_verdict.ipynb #d297a4bc
 @patch
 def compare(self:Calibration,
     source:np.ndarray, # n texts of SOURCES
