@@ -40,12 +40,13 @@ def _by_id(network, images, ids, keep=lambda features: features):
         else: errors[id] = error
     return seen, errors
 
-# %% ../../nbs/09_check/10_changes.ipynb #e76d1b49
+# %% ../../nbs/09_check/10_changes.ipynb #e1b3d49d
 def _fitting_rows(table, manifest):
     "The pairs with a recorded change and both bins in one part, with the part and the group."
     known = manifest.set_index("id")
-    table = table.dropna(subset=["recorded"]).assign(part=table["id"].map(known["part"]), group=table["id"].map(known["group"]))
-    return table[table["part"].isin(["train", "valid"]) & (table["other"].map(known["part"]) == table["part"])]
+    part, other = (table[column].map(known["part"]) for column in ("id", "other"))
+    rows = table.assign(part=part, group=table["id"].map(known["group"]))
+    return rows[part.isin(["train", "valid"]) & (part == other) & table["recorded"].notna()]
 
 
 def fit_changes(
@@ -57,18 +58,19 @@ def fit_changes(
 )->PairModel:
     "Fit what two photos of a bin say about a change. Raises `UsageError` for too few pairs in the train or valid part."
     network = FeatureModel(model, maps=True)
-    rows = _fitting_rows(pair_table(_records(data, cat), pairs), manifest if isinstance(manifest, pd.DataFrame) else read_manifest(manifest))
+    if not isinstance(manifest, pd.DataFrame): manifest = read_manifest(manifest)
+    rows = _fitting_rows(pair_table(_records(data, cat), pairs), manifest)
     seen, _ = _by_id(network, find_images(data), pd.unique(rows[["id", "other"]].to_numpy().ravel()))
     rows = rows[rows["id"].isin(seen) & rows["other"].isin(seen)]
-    if rows.empty: raise UsageError("no pairs of photos in the train and valid parts", "pass the manifest of a data set with before and after photos")
+    if rows.empty:
+        raise UsageError("no pairs of photos in the train and valid parts", "pass the manifest of a data set with such pairs")
     difference = np.array([seen[b] - seen[a] for a, b in zip(rows["id"], rows["other"])], float)
-    change, groups, train = rows["recorded"].to_numpy(int), rows["group"].to_numpy(), (rows["part"] == "train").to_numpy()
-    counts = network.card["counts"]
-    fitted = fit_pairs(difference[train], change[train], groups[train], max(counts) - min(counts))
+    change, train, counts = rows["recorded"].to_numpy(int), (rows["part"] == "train").to_numpy(), network.card["counts"]
+    fitted = fit_pairs(difference[train], change[train], rows["group"].to_numpy()[train], max(counts) - min(counts))
     fitted.notes["network"] = network.card["files"]["model.onnx"]
     return fitted.calibrate(difference[~train] @ fitted.weights, change[~train])
 
-# %% ../../nbs/09_check/10_changes.ipynb #7e6eb4e7
+# %% ../../nbs/09_check/10_changes.ipynb #69fd765c
 CHANGES = "changes.json" # in a model folder
 
 
@@ -78,12 +80,13 @@ def save_changes(
 )->Path: # the file
     "Keep a model of pairs beside its network. Raises `ModelError` for the folder of another network."
     if read_card(folder)["files"]["model.onnx"] != fitted.notes["network"]:
-        raise ModelError(f"{folder}: holds another network than the one that the changes were fitted on", "fit them again: fit_changes")
+        raise ModelError(f"{folder}: holds another network than the one that the changes were fitted on",
+                         "fit them again: fit_changes")
     path = Path(folder)/CHANGES
     with atomic_write(path, "w") as file: json.dump(asdict(fitted) | {"weights": list(fitted.weights)}, file)
     return path
 
-# %% ../../nbs/09_check/10_changes.ipynb #279edf19
+# %% ../../nbs/09_check/10_changes.ipynb #cc7e56db
 def _whole_keys(value):
     "The same, with keys that are whole numbers where JSON has made texts of them."
     if not isinstance(value, dict): return value
@@ -95,7 +98,8 @@ def load_changes(
 )->PairModel:
     "What `save_changes` kept. Raises `ModelError` where there is nothing, or nothing that belongs to the network."
     path, card = Path(folder)/CHANGES, read_card(folder)
-    if not path.exists(): raise ModelError(f"{folder}: has no {CHANGES}", "fit it: save_changes(fit_changes(MODEL, DATA, MANIFEST), MODEL)")
+    if not path.exists():
+        raise ModelError(f"{folder}: has no {CHANGES}", "fit it: save_changes(fit_changes(MODEL, DATA, MANIFEST), MODEL)")
     try:
         fitted = PairModel(**{k: _whole_keys(v) for k, v in json.loads(read_file(path)).items()})
         fitted.weights, network = np.array(fitted.weights, float), fitted.notes["network"]
@@ -118,7 +122,7 @@ def _limits(p_value, false_alarms, changes):
     allowed = np.where(p_value > false_alarms, changes, np.nan)
     with np.errstate(all="ignore"): return np.fmin.reduce(allowed, axis=1), np.fmax.reduce(allowed, axis=1)
 
-# %% ../../nbs/09_check/10_changes.ipynb #edca19e9
+# %% ../../nbs/09_check/10_changes.ipynb #3a2c77e4
 def _judged(fitted, recorded, score, ordered, false_alarms, rate):
     "The columns that the pictures give, for pairs with both pictures and a recorded change."
     p, at = fitted.distribution(score, ordered), (np.arange(len(score)), recorded + fitted.most)
@@ -126,8 +130,8 @@ def _judged(fitted, recorded, score, ordered, false_alarms, rate):
     low, high = (np.where(np.isnan(x), likely, x).astype(int) for x in _limits(every, false_alarms, fitted.changes))
     odd = every[at] <= false_alarms
     tests = [odd & (recorded != likely), ~odd & (low * recorded > 0) & (high * recorded > 0)]
-    return pd.DataFrame({"likely": likely, "low": low, "high": high, **{f"p{c:+}": x for c, x in zip(fitted.changes, p.T)},
-                         "p_value": every[at], "p_wrong": fitted.p_wrong(p, rate)[at],
+    columns = {f"p{c:+}": x for c, x in zip(fitted.changes, p.T)}
+    return pd.DataFrame({"likely": likely, "low": low, "high": high, **columns, "p_value": every[at], "p_wrong": fitted.p_wrong(p, rate)[at],
                          "verdict": np.select(tests, ["disagrees", "agrees"], "unsure")})
 
 # %% ../../nbs/09_check/10_changes.ipynb #481565fd
@@ -153,7 +157,7 @@ def check_changes(
     out = table.join(found).assign(reason=reason).fillna({"verdict": "unsure"})
     return out.astype({"likely": "Int64", "low": "Int64", "high": "Int64"})
 
-# %% ../../nbs/09_check/10_changes.ipynb #9e2e2ed5
+# %% ../../nbs/09_check/10_changes.ipynb #84730437
 def changes_page(
     found:pd.DataFrame, # from check_changes
     data:str|os.PathLike, # the data set folder, for the pictures
@@ -166,8 +170,9 @@ def changes_page(
             odd[["recorded", "likely", "p_wrong", "what"]].dropna().itertuples(index=False)]
     odd = odd.dropna(subset=["p_wrong"]).assign(says=says)
     counts = pd.crosstab(found["recorded"], found["verdict"])
-    lead = f"{len(found):,} pairs of photos; {(found['verdict'] == 'disagrees').sum():,} recorded changes disagree with the pictures."
-    return html_page("Changes", [("Verdicts by recorded change", [counts]), ("The oddest pairs", [plot_pairs(data, cat, odd, "says", n)])], lead)
+    wrong, pictures = (found["verdict"] == "disagrees").sum(), plot_pairs(data, cat, odd, "says", n)
+    lead = f"{len(found):,} pairs of photos; {wrong:,} recorded changes disagree with the pictures."
+    return html_page("Changes", [("Verdicts by recorded change", [counts]), ("The oddest pairs", [pictures])], lead)
 
 
 def write_changes(

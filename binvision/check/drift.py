@@ -42,15 +42,16 @@ def online_p_values(
     out[there] = [test.compute_p_value(every[i], every[:i]) for i in range(len(known), len(every))]
     return out
 
-# %% ../../nbs/09_check/12_drift.ipynb #f0378b40
+# %% ../../nbs/09_check/12_drift.ipynb #020b81d3
 def capital(
     p:np.ndarray, # p-values, from online_p_values; NaN is no bet
 )->np.ndarray: # what the martingale holds after each of them
     "The simple jumper martingale (Vovk, Gammerman and Shafer, 2005, section 7.1)."
     test = _test()
-    return np.array([test.current_martingale_value if np.isnan(x) else test.update_simple_jumper_martingale(float(x)) for x in p])
+    bet = test.update_simple_jumper_martingale
+    return np.array([test.current_martingale_value if np.isnan(x) else bet(float(x)) for x in p])
 
-# %% ../../nbs/09_check/12_drift.ipynb #c53e70b5
+# %% ../../nbs/09_check/12_drift.ipynb #f160d294
 @dataclass(repr=False)
 class Drift:
     "What a comparison with a reference has found so far."
@@ -62,7 +63,7 @@ class Drift:
     level:float=.05 # the probability of an alarm, ever, in a world that does not change
 
     def __post_init__(self):
-        self.capital = np.column_stack([capital(column) for column in self.p.T]) if len(self.p) else np.ones((0, len(SIGNALS)))
+        self.capital = np.array([capital(column) for column in self.p.T]).T
         self.average = self.capital.mean(1)
 
     @property
@@ -76,7 +77,7 @@ class Drift:
         "The exit status for a job that runs every day: 1 after an alarm, 0 without."
         return int(self.first is not None)
 
-# %% ../../nbs/09_check/12_drift.ipynb #53c2fefe
+# %% ../../nbs/09_check/12_drift.ipynb #166f3715
 @patch
 def __repr__(self:Drift):
     said = f"drift, noticed at picture {self.first:,}" if self.status else "no drift"
@@ -87,10 +88,11 @@ def __repr__(self:Drift):
 def table(self:Drift)->pd.DataFrame: # a row a signal, those that have changed the most first
     "The signals: their mean in the reference, now, and the most that their martingale has held."
     most = self.capital.max(0, initial=1)
-    with np.errstate(all="ignore"): now, was = (pd.DataFrame(x, columns=SIGNALS).mean() for x in (self.scores, self.reference.scores))
-    return pd.DataFrame({"reference": was, "watched": now, "capital": most}).sort_values("capital", ascending=False, kind="stable")
+    now, was = (pd.DataFrame(x, columns=SIGNALS).mean() for x in (self.scores, self.reference.scores))
+    rows = pd.DataFrame({"reference": was, "watched": now, "capital": most})
+    return rows.sort_values("capital", ascending=False, kind="stable")
 
-# %% ../../nbs/09_check/12_drift.ipynb #cb939516
+# %% ../../nbs/09_check/12_drift.ipynb #86d0a33c
 def plot_capital(
     found:Drift, # from drift
     n:int=3, # signals to show beside the average
@@ -98,13 +100,14 @@ def plot_capital(
     "The capital of the average and of the signals that have won the most, over all pictures watched."
     ax = new_axes(None, "Evidence against “nothing has changed”", "pictures watched", "capital", size=(7, 3))
     x, strongest = np.arange(1, len(found.p) + 1), np.argsort(-found.capital.max(0, initial=1), kind="stable")[:n]
-    for i, style in zip(strongest, ("--", "-.", ":")): ax.semilogy(x, found.capital[:, i], style, color=MAIN, lw=1, label=SIGNALS[i])
+    for i, style in zip(strongest, ("--", "-.", ":")):
+        ax.semilogy(x, found.capital[:, i], style, color=MAIN, lw=1, label=SIGNALS[i])
     ax.semilogy(x, found.average, color=ACCENT, lw=2, label="average of all")
     ax.axhline(1 / found.level, color=GREY, lw=1)
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax.figure
 
-# %% ../../nbs/09_check/12_drift.ipynb #2b231649
+# %% ../../nbs/09_check/12_drift.ipynb #cbfb2e7d
 def _read_log(path, header):
     "The lines of a log after its header; an incomplete last line is cut off. A new log gets its header."
     raw = read_file(path, LARGEST) if path.exists() else b""
@@ -115,7 +118,8 @@ def _read_log(path, header):
             file.truncate(end)
             if not end: file.write(json.dumps(header).encode() + b"\n")
     try: first, *lines = [json.loads(line) for line in raw[:end].splitlines()] or [header]
-    except ValueError as e: raise DataError(f"{path}: a damaged log ({e})", "pass another folder as out; the alarm begins anew there") from e
+    except ValueError as e:
+        raise DataError(f"{path}: a damaged log ({e})", "pass another folder as out; the alarm begins anew there") from e
     if first == header: return lines
     raise UsageError(f"{path}: belongs to another reference", "pass another folder as out, or the reference that it began with")
 
@@ -137,16 +141,16 @@ def _look(network, reference, bins, lines, generator):
     plain = lambda row: [None if np.isnan(x) else round(float(x), 6) for x in row]
     return out + [{"id": id, "scores": plain(s), "p": plain(q)} for id, s, q in zip(good["id"], scores, p)]
 
-# %% ../../nbs/09_check/12_drift.ipynb #a0452f7f
+# %% ../../nbs/09_check/12_drift.ipynb #c30006c4
 def drift_page(
     found:Drift, # from drift
 )->str: # HTML
     "A page with the answer, the capital over time, and the signals."
     parts = [plot_capital(found)] if len(found.p) else ["No picture has been watched yet."]
-    lead = f"{str(found).capitalize()}. A world that does not change raises an alarm with a probability of {found.level:.0%} at most."
-    return html_page("Drift", [("Evidence", parts), ("Signals", [found.table()])], lead)
+    promise = f"A world that does not change raises an alarm with a probability of {found.level:.0%} at most."
+    return html_page("Drift", [("Evidence", parts), ("Signals", [found.table()])], f"{str(found).capitalize()}. {promise}")
 
-# %% ../../nbs/09_check/12_drift.ipynb #31a2aeb6
+# %% ../../nbs/09_check/12_drift.ipynb #9377e292
 def drift(
     model, # a Model, or the path of a model folder
     bins:pd.DataFrame, # from chosen_bins: the bins that have come, with those of earlier looks or without
@@ -159,11 +163,13 @@ def drift(
     "Compare what has come with a reference. Raises `ModelError` for the reference of another network."
     reference, network, log = load_reference(since), FeatureModel(model, maps=True), Path(out)/"log.jsonl"
     if reference.notes.get("network") != network.card["files"]["model.onnx"]:
-        raise ModelError(f"{since}: is the reference of another network", "make one with this model: binvision drift MODEL DATA --out REFERENCE")
+        raise ModelError(f"{since}: is the reference of another network",
+                         "make one with this model: binvision drift MODEL DATA --out REFERENCE")
     lines = _read_log(log, {"reference": sha256(Path(since)/"reference.safetensors"), "signals": list(SIGNALS)})
     bins, generator = bins[~bins["id"].isin([line["id"] for line in lines])], rng(seed, "drift", len(lines))
     added = _look(network, reference, bins.iloc[generator.permutation(len(bins))[:most]], lines, generator)
-    with disk_errors(log), open(log, "a", encoding="utf-8") as file: file.writelines(json.dumps(line) + "\n" for line in added)
+    with disk_errors(log), open(log, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in added)
     lines += added
     new, failed = sum("p" in line for line in added), sum("error" in line for line in lines)
     found = Drift(_matrix(lines, "p"), _matrix(lines, "scores"), reference, new, failed, level)

@@ -19,24 +19,26 @@ from ..ground.core import DataError, UsageError
 from ..ground.tables import read_csv
 from ..model.scores import softmax
 
-# %% ../../nbs/09_check/09_pairs.ipynb #41b51b1e
+# %% ../../nbs/09_check/09_pairs.ipynb #56ea21c1
 _PAIRS = "pass a CSV file with the columns id and other: the earlier and the later photo of a bin"
 
 
 def _named_pairs(table, cat, name):
     "A table of pairs, checked, with what the records say of them."
-    if missing := [c for c in ("id", "other") if c not in table]: raise DataError(f"{name}: no column {', '.join(missing)}", _PAIRS)
-    table, counts = table[["id", "other"]].astype(str).drop_duplicates(ignore_index=True), cat.bins.set_index("id")["count"]
+    if missing := {"id", "other"}.difference(table): raise DataError(f"{name}: no column {', '.join(sorted(missing))}", _PAIRS)
+    table, counts = table[["id", "other"]].astype(str).drop_duplicates(), cat.bins.set_index("id")["count"]
     ids = pd.unique(table.to_numpy().ravel())
     check_ids(ids, counts.index, name)
-    if unknown := [id for id in ids if id not in counts.index]: raise DataError(f"{name}: {len(unknown)} ids are not in the data: {unknown[0]}", _PAIRS)
-    if (same := table["id"] == table["other"]).any(): raise DataError(f"{name}: {table['id'][same].iloc[0]} is paired with itself", _PAIRS)
-    return table.assign(count=table["id"].map(counts), other_count=table["other"].map(counts), change="")
+    if gone := [id for id in ids if id not in counts.index]:
+        raise DataError(f"{name}: {len(gone)} ids are not in the data: {gone[0]}", _PAIRS)
+    same = table["id"][table["id"] == table["other"]]
+    if len(same): raise DataError(f"{name}: {same.iloc[0]} is paired with itself", _PAIRS)
+    return table.reset_index(drop=True).assign(count=table["id"].map(counts), other_count=table["other"].map(counts), change="")
 
-# %% ../../nbs/09_check/09_pairs.ipynb #44940bd9
+# %% ../../nbs/09_check/09_pairs.ipynb #47ac7952
 def pair_table(
     cat, # a Catalogue, or what as_catalogue takes
-    pairs=None, # a table with the columns id and other, or the path of a CSV file; None finds neighbouring ids that share a product
+    pairs=None, # a table with the columns id and other, or a CSV file; None finds neighbouring ids that share a product
 )->pd.DataFrame: # id, other, recorded (change of the count, in items, Int64), what (the change in words)
     "Pairs of photos of one bin. Raises `DataError` for a table that cannot be used, and where no pair is found."
     cat = as_catalogue(cat)
@@ -131,14 +133,15 @@ def distribution(
     out[:, at] += (1 - _SURPRISE) * softmax(score[:, None] * slope + intercept)
     return out
 
-# %% ../../nbs/09_check/09_pairs.ipynb #ba61ad4c
+# %% ../../nbs/09_check/09_pairs.ipynb #7413bfd3
 _FEWEST = {"train": 40, "valid": 20} # pairs
 
 
 def _check_enough(change, part):
     "Raise `UsageError` for too few pairs, or pairs that all go one way."
     if len(change) < _FEWEST[part] or len(np.unique(np.sign(change[change != 0]))) < 2:
-        raise UsageError(f"{len(change)} pairs of photos in the {part} part, {(change > 0).sum()} with more items in the second one",
+        more = f"{(change > 0).sum()} with more items in the second one"
+        raise UsageError(f"{len(change)} pairs of photos in the {part} part, {more}",
                          f"changes need {_FEWEST[part]} pairs and both directions: pass a manifest of more bins")
 
 

@@ -46,17 +46,17 @@ def _measured(network, sources):
     rows = zip(np.column_stack([looks(x, network.card), size]), softmax(logits), features)
     return [(None, None, None, image) if isinstance(image, str) else (*next(rows), None) for image in images]
 
-# %% ../../nbs/09_check/11_reference.ipynb #3a6bbad0
+# %% ../../nbs/09_check/11_reference.ipynb #4c9b5f5f
 def measure(
     network:FeatureModel, # with maps
     sources:Iterable, # pictures, anything that load_image takes
     batch_size:int=8, # pictures that go through the network together
-): # iterator over the pictures: looks and size (5 numbers), probabilities, features, and None; or three None and what is wrong
+): # iterator: looks and size (5 numbers), probabilities, features and None of each; or three None and what is wrong
     "What there is to compare of pictures, in constant memory."
     sources = iter(sources)
     return in_order(partial(_measured, network), iter(lambda: list(islice(sources, batch_size)), []), network.threads)
 
-# %% ../../nbs/09_check/11_reference.ipynb #a42ba173
+# %% ../../nbs/09_check/11_reference.ipynb #0ef4523a
 _VIEW = (*LOOKS, "pixels", "shape") # as they come from measure
 _AXES = 6 # principal components of the features
 SIGNALS = (*_VIEW, *(f"feature {i + 1}" for i in range(_AXES)), "strangeness", "confidence", "count", "disagreement")
@@ -69,11 +69,11 @@ class Reference:
     axes:np.ndarray # features × 6: the first principal components, scaled
     scores:np.ndarray # pictures × signals; NaN where a signal is missing
     counts:list # of the model
-    notes:dict=field(default_factory=dict) # network (its SHA-256), n (pictures), predicted (mean distribution), recorded
+    notes:dict=field(default_factory=dict) # network (its SHA-256), n (pictures), predicted (mean distribution)
 
     def __repr__(self): return f"Reference({self.notes.get('n', 0):,} pictures, {len(SIGNALS)} signals)"
 
-# %% ../../nbs/09_check/11_reference.ipynb #ad64535b
+# %% ../../nbs/09_check/11_reference.ipynb #f6785f94
 def _principal(features):
     "The mean of the features, and their first principal components, which give numbers of variance 1."
     mean, scale = features.mean(0), features.std(0).clip(1e-6)
@@ -93,9 +93,10 @@ def signals(
     "The signals of pictures. A recorded count that the model does not know gives the largest disagreement."
     inner, counts = (features - self.mean) @ self.axes, np.array(self.counts)
     given = np.where(np.isnan(recorded), np.nan, (p * (recorded[:, None] == counts)).sum(1))
-    return np.column_stack([view, inner, np.sqrt((inner**2).sum(1)), p.max(1), p @ counts, -np.log(given + 1e-6)]).round(6)
+    strange = np.sqrt((inner**2).sum(1))
+    return np.column_stack([view, inner, strange, p.max(1), p @ counts, -np.log(given + 1e-6)]).round(6)
 
-# %% ../../nbs/09_check/11_reference.ipynb #744945d6
+# %% ../../nbs/09_check/11_reference.ipynb #860ececa
 _FEWEST = 100 # pictures of a reference
 
 
@@ -113,9 +114,10 @@ def chosen_bins(
         bins = bins[bins["id"].isin(rows["id"][rows["part"] == part])]
     if bins.empty: raise DataError(f"{data}: no pictures of bins to compare", "pass a data set folder with bin-images/")
     recorded = bins["count"].astype("Float64").to_numpy(float, na_value=np.nan)
-    return pd.DataFrame({"id": bins["id"], "path": [Path(data)/image for image in bins["image"]], "recorded": recorded}).reset_index(drop=True)
+    paths = [Path(data)/image for image in bins["image"]]
+    return pd.DataFrame({"id": bins["id"].to_numpy(object), "path": paths, "recorded": recorded})
 
-# %% ../../nbs/09_check/11_reference.ipynb #7c17e255
+# %% ../../nbs/09_check/11_reference.ipynb #46732abf
 def measure_bins(
     network:FeatureModel, # with maps
     bins:pd.DataFrame, # from chosen_bins
@@ -126,7 +128,7 @@ def measure_bins(
     arrays = [np.array([row[i] for row in rows if row[3] is None]) for i in range(3)]
     return *arrays, bins[good], {id: row[3] for id, row in zip(bins["id"], rows) if row[3] is not None}
 
-
+# %% ../../nbs/09_check/11_reference.ipynb #6b6a805f
 def make_reference(
     model, # a Model, or the path of a model folder
     bins:pd.DataFrame, # from chosen_bins
@@ -138,14 +140,15 @@ def make_reference(
     order = rng(seed, "reference").permutation(len(bins))[:most]
     view, p, features, good, _ = measure_bins(network, bins.iloc[order])
     if len(good) < _FEWEST:
-        raise UsageError(f"{len(good)} pictures are too few for a reference", f"pass {_FEWEST} or more, such as the valid part of a manifest")
-    half, recorded = len(good) // 2, good["recorded"].to_numpy(float)
-    made = Reference(*_principal(features[:half]), None, network.card["counts"],
-                     {"network": network.card["files"]["model.onnx"], "n": len(good), "predicted": p.mean(0).round(6).tolist()})
+        raise UsageError(f"{len(good)} pictures are too few for a reference",
+                         f"pass {_FEWEST} or more, such as the valid part of a manifest")
+    half, recorded, card = len(good) // 2, good["recorded"].to_numpy(float), network.card
+    notes = {"network": card["files"]["model.onnx"], "n": len(good), "predicted": p.mean(0).round(6).tolist()}
+    made = Reference(*_principal(features[:half]), None, card["counts"], notes)
     made.scores = made.signals(view[half:], p[half:], features[half:], recorded[half:])
     return made
 
-# %% ../../nbs/09_check/11_reference.ipynb #cf55f960
+# %% ../../nbs/09_check/11_reference.ipynb #5976e92a
 _FILES = ("reference.json", "reference.safetensors")
 
 
@@ -159,7 +162,7 @@ def save_reference(
     with atomic_folder(out) as new:
         note = {"signals": SIGNALS, "counts": reference.counts, **reference.notes}
         (new/_FILES[0]).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        arrays = {name: np.ascontiguousarray(getattr(reference, name), np.float64) for name in ("mean", "axes", "scores")}
+        arrays = {name: np.ascontiguousarray(getattr(reference, name), float) for name in ("mean", "axes", "scores")}
         (new/_FILES[1]).write_bytes(save(arrays))
     return Path(out)
 
@@ -176,7 +179,8 @@ def load_reference(
     try:
         notes, arrays = json.loads(read_file(Path(folder)/_FILES[0])), load(read_file(Path(folder)/_FILES[1]))
         reference = Reference(arrays["mean"], arrays["axes"], arrays["scores"], notes.pop("counts"), notes)
-        if tuple(notes.pop("signals")) != SIGNALS or reference.scores.shape[1:] != (len(SIGNALS),): raise ValueError("it has other signals")
+        if tuple(notes.pop("signals")) != SIGNALS or reference.scores.shape[1:] != (len(SIGNALS),):
+            raise ValueError("it has other signals")
         return reference
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise DataError(f"{folder}: a damaged reference ({e})", hint) from e
