@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/05_model.ipynb #dcb961d9
+# %% ../../nbs/13_cli/05_model.ipynb #f09b6ae8
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +16,9 @@ from pydantic import Field
 from .app import name_failures, say
 from .options import command
 from ..ground.core import UsageError, visible
+from ..ground.settings import AtLeastOne, AtLeastZero, Batch, Seed, Share
 
-# %% ../../nbs/13_cli/05_model.ipynb #65165054
+# %% ../../nbs/13_cli/05_model.ipynb #ba5bd73a
 @command
 def _evaluate(
     model:Path, # model folder, such as runs/first/model
@@ -25,10 +26,10 @@ def _evaluate(
     manifest:Path, # manifest that binvision split wrote
     part:str="test", # part of the manifest: train, valid or test
     out:Path=Path("report"), # folder for metrics.json, report.html and predictions.csv
-    batch_size:Annotated[int, Field(ge=1)]=16, # pictures that go through the network together
-    n_boot:Annotated[int, Field(ge=0)]=1000, # bootstrap resamples for the 95 % intervals
-    seed:int=0, # seed of the resamples
-    cams:Annotated[int, Field(ge=0)]=4, # Grad-CAM pictures in the report
+    batch_size:Batch=16, # pictures that go through the network together
+    n_boot:AtLeastZero=1000, # bootstrap resamples for the 95 % intervals
+    seed:Seed=0, # seed of the resamples
+    cams:AtLeastZero=4, # Grad-CAM pictures in the report
     tta:bool=False, # look at each picture twice, as it is and mirrored
 ):
     "Score a model on one part of a manifest. Writes a report with pictures, and compares every figure with constant answers."
@@ -55,7 +56,7 @@ def _ensemble(
 
     ensemble(data, manifest, models, out)
 
-# %% ../../nbs/13_cli/05_model.ipynb #8d83a457
+# %% ../../nbs/13_cli/05_model.ipynb #8f6a37d4
 def _show_cost(made, model):
     "Print the accuracy of an 8-bit network compared with the original."
     say(f"{made['n']:,} bins of the valid part  accuracy    MAE")
@@ -72,9 +73,9 @@ def _export(
     data:Path, # data set folder
     manifest:Path, # manifest that binvision split wrote
     int8:bool=False, # write model.int8.onnx: 8-bit weights and values, per channel
-    n:Annotated[int, Field(ge=1)]=256, # pictures of the train part to calibrate with
-    seed:int=0, # draws them
-    max_loss:float=0.005, # accuracy that may be lost on the valid part, 0 to 1
+    n:AtLeastOne=256, # pictures of the train part to calibrate with
+    seed:Seed=0, # draws them
+    max_loss:Share=0.005, # accuracy that may be lost on the valid part, 0 to 1
 ):
     "Make a trained model fast. Its accuracy before and after is measured and written into its card."
     from binvision.model.quantize import export

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #423a9c0d
+# %% ../../nbs/08_search/07_search.ipynb #d0fb6206
 import contextlib
 import io
 import json
@@ -36,13 +36,14 @@ from .features import cache_features, name_weights, put_head
 from .plots import plot_curves, plot_importances, plot_parallel, plot_trials
 from .settings import BACKBONE, SearchSettings
 from .space import typical
-from .study import best_trial, count_trials, hide_password, quiet, trials_table
+from .study import best_trial, count_trials, database, hide_password, quiet, trials_table
 from .trial import Job, full_learner, make_job, open_study, trial_learner
 from .workers import run_workers
 
-# %% ../../nbs/08_search/07_search.ipynb #3e70298c
+# %% ../../nbs/08_search/07_search.ipynb #645cffce
 def _check_names(job):
-    "Raise `UsageError` for architectures, losses and weights that a search cannot use."
+    "Raise `UsageError` for a database, architectures, losses and weights that a search cannot use."
+    database(job.search.storage)
     for arch in job.choices("arch"):
         if not (arch in torchvision.models.list_models(module=torchvision.models) or timm.is_model(arch)):
             raise UsageError(f"arch {arch!r}: neither torchvision nor timm knows it",
