@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/08_demo.ipynb #5d1c50d0
+# %% ../../nbs/13_cli/08_demo.ipynb #18ca6edd
 import shlex
 import shutil
 from pathlib import Path
@@ -16,6 +16,8 @@ from pydantic import Field
 
 from .options import command
 from ..ground.core import UsageError, atomic_write
+from ..ground.outputs import output_folder
+from ..ground.settings import AtLeastOne, Seed, Side
 
 # %% ../../nbs/13_cli/08_demo.ipynb #21c202ae
 _DEMO = dict(arch="binvision_tiny", weights=None, size=96, epochs=16, frozen_epochs=0, patience=16, augment=0, loss="ordinal", ema=.98)
@@ -31,13 +33,13 @@ _LEFT = {
     "check": "these records against the pictures: check.html, queue.csv, findings.parquet",
 }
 
-# %% ../../nbs/13_cli/08_demo.ipynb #0aad49bb
+# %% ../../nbs/13_cli/08_demo.ipynb #196428db
 _TITLE = "What binvision demo left here"
 
 
 def _demo_folder(out):
     "Make the folder of the demo, without what an earlier demo left. Raises `UsageError` for a folder that is not a demo's."
-    left = out/"README.txt"
+    left = output_folder(out)/"README.txt"
     ours = left.is_file() and left.read_text(encoding="utf-8", errors="replace").startswith(_TITLE)
     if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists already and was not made by binvision demo", "move it away, or pass another --out")
@@ -126,14 +128,14 @@ def _demo_result(out, result):
     typer.echo(f"\n{table.to_string(float_format='{:.3f}'.format)}\n({result['metrics']['n']} test bins)\n")
     typer.echo(f"open {out/'report'/'report.html'}; everything else: {out/'README.txt'}\n\nnext:\n{_next(out)}")
 
-# %% ../../nbs/13_cli/08_demo.ipynb #8532bac1
+# %% ../../nbs/13_cli/08_demo.ipynb #6781cd3a
 @command
 def _demo(
     out:Path=Path("binvision-demo"), # folder to make; what an earlier demo left there is replaced
-    n:Annotated[int, Field(ge=60)]=5000, # how many synthetic bins
-    seed:int=0, # seed of all randomness: the same seed gives the same result
-    size:Annotated[int, Field(ge=32)]=_DEMO["size"], # side of the square input, pixels
-    epochs:Annotated[int, Field(ge=1)]=_DEMO["epochs"], # epochs of training
+    n:Annotated[int, Field(ge=60, le=1_000_000)]=5000, # how many synthetic bins
+    seed:Seed=0, # seed of all randomness: the same seed gives the same result
+    size:Side=_DEMO["size"], # side of the square input, pixels
+    epochs:AtLeastOne=_DEMO["epochs"], # epochs of training
 ):
     "Do the whole job once, on synthetic bins. Takes some minutes and no network; leaves a folder to look at."
     from binvision.evaluate.report import evaluate

@@ -48,7 +48,7 @@ Seconds = Annotated[float, Field(ge=0, lt=3600)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(read_origins)]
 
-# %% ../../nbs/12_serve/00_limits.ipynb #d648494f
+# %% ../../nbs/12_serve/00_limits.ipynb #bd316167
 class ServeSettings(BaseSettings):
     "What an operator may choose; the environment gives what is not passed. Raises `UsageError` for impossible values."
     model_config = SettingsConfigDict(env_prefix="BINVISION_", extra="forbid", frozen=True)
@@ -56,7 +56,7 @@ class ServeSettings(BaseSettings):
     port:int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 for any free one.")
     backend:str|None = Field(None, description="What runs the network: cuda, int8 or fp32; without it the fastest.")
     threads:AtLeastOne|None = Field(None, description="Processor threads of the network; without it all cores.")
-    batch:AtLeastOne = Field(8, description="Pictures that go through the network together, at most.")
+    batch:AtLeastOne = Field(8, le=1024, description="Pictures that go through the network together, at most.")
     wait_ms:Seconds = Field(2., description="How long a picture may wait for others to join its batch, milliseconds.")
     queue:AtLeastOne = Field(128, description="Pictures accepted and not yet answered; more are refused with 503.")
     max_images:AtLeastOne = Field(32, description="Pictures per request.")
@@ -66,7 +66,7 @@ class ServeSettings(BaseSettings):
     memory:AtLeastOne = Field(256*MB, description="Bytes of all requests being received or answered; more are refused.")
     timeout:float = Field(30., ge=.01, lt=3600, description="Seconds that a request may take to arrive.")
     grace:Seconds = Field(30., description="Seconds to finish what was accepted, when asked to stop.")
-    decoders:AtLeastOne = Field(min(4, cores()), description="Threads that open pictures.")
+    decoders:AtLeastOne = Field(min(4, cores()), le=256, description="Threads that open pictures.")
     false_alarms:Share = Field(.02, description="Share of right records that may be answered with disagrees.")
     missed:Share = Field(.1, description="Share of wrong records that may be answered with agrees.")
     cors:Origins = Field((), description="Origins of other sites' pages that may call; * for any.")
