@@ -85,15 +85,16 @@ def visible(
         return letter if seen else json.dumps(letter)[1:-1]
     return re.sub("[^ -~]", shown, text)
 
-# %% ../../nbs/00_ground/00_core.ipynb #c77bdb7e
+# %% ../../nbs/00_ground/00_core.ipynb #842d4d2b
 def rng(
     seed:int, # the seed of the run
     *names, # what the numbers are for: strings or whole numbers, such as "bin", "00523"
 ): # a NumPy Generator
-    "An independent stream of random numbers for the thing called `names` under `seed`."
+    "An independent stream of random numbers for the thing called `names` under `seed`. Raises `UsageError` for an impossible seed."
     import numpy as np
 
-    return np.random.default_rng([seed, *(zlib.crc32(str(name).encode()) for name in names)])
+    try: return np.random.default_rng([seed, *(zlib.crc32(str(name).encode()) for name in names)])
+    except (TypeError, ValueError): raise UsageError(f"seed {seed!r}: not a whole number from 0", "pass one, such as 0") from None
 
 # %% ../../nbs/00_ground/00_core.ipynb #717d26f5
 def set_seed(
@@ -227,7 +228,7 @@ def claimed(
             if part: remove(part)
             raise
 
-# %% ../../nbs/00_ground/00_core.ipynb #05b3587a
+# %% ../../nbs/00_ground/00_core.ipynb #06042559
 @contextlib.contextmanager
 def atomic_write(
     path:str|os.PathLike, # the file to write; its folder is created if missing
@@ -236,6 +237,7 @@ def atomic_write(
 ):
     "Open a temporary file for writing, and rename it to `path` if the block ends without an error. Raises `DataError` where the disk refuses."
     path, text = Path(path), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if os.path.exists(path) and not os.path.isfile(path): raise DataError(f"{path}: is no regular file", "pass another file to write")
     with disk_errors(path), claimed(path, partial(Path.touch, exist_ok=False), os.replace) as part, open(part, mode, **text) as file:
         yield file
         file.flush()
