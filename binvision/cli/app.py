@@ -96,11 +96,11 @@ def fail(
     say(message, err=True)
     raise typer.Exit(status)
 
-# %% ../../nbs/13_cli/00_app.ipynb #88a10422
+# %% ../../nbs/13_cli/00_app.ipynb #83ff128b
 def _stopped(error, status):
     "End a command that was stopped: with what the error says is kept, if it says so."
     kept = "nothing half-written is left; to go on, run the same command again"
-    if isinstance(error, KeyboardInterrupt): fail(f"stopped: {error or kept}", status)
+    if isinstance(error, KeyboardInterrupt): fail(f"stopped: {str(error) or kept}", status)
     fail(f"stopped: {kept} ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})", status)
 
 
