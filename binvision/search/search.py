@@ -66,7 +66,7 @@ def _check_network(job):
         except ModelError as e: error = e
     raise error
 
-# %% ../../nbs/08_search/07_search.ipynb #ceb910ea
+# %% ../../nbs/08_search/07_search.ipynb #70624c69
 _OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
@@ -81,7 +81,8 @@ def _check_places(job):
             raise UsageError(f"{job.manifest}: {n} bins in its {part} part", "split with larger fractions or more data")
     out = Path(job.out)
     found = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.is_dir() else set()
-    other = sorted(found - _OWN - {"study.db-journal"})
+    found -= {"study.db", "study.db-journal"}  # a search begins with them, and can be stopped before it has written more
+    other = sorted(found - _OWN)
     if not other and found and "space.yaml" not in found: other = sorted(found)
     if not other: return
     raise UsageError(f"{job.out}: is not empty and holds no search, but {', '.join(other[:3])}", "choose another out")
