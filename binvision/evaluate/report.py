@@ -30,13 +30,12 @@ from .plots import plot_calibration, plot_confusion, plot_coverage, plot_mistake
 from .explain import plot_grad_cam
 from .ensemble import Mirrored
 
-# %% ../../nbs/07_evaluate/06_report.ipynb #a5babb0e
+# %% ../../nbs/07_evaluate/06_report.ipynb #3841b654
 def _part_rows(manifest, part, counts, name="the manifest"):
     "The manifest's rows of one part; a `UsageError` if the model cannot be asked about them."
+    if part not in (parts := sorted(set(manifest.part))):
+        raise UsageError(f"{name}: has no bins in part {part!r}", f"its parts are {', '.join(parts)}")
     rows = manifest[manifest.part == part].reset_index(drop=True)
-    if not len(rows):
-        parts = ", ".join(sorted(set(manifest.part)))
-        raise UsageError(f"{name}: has no bins in part {part!r}", f"its parts are {parts}")
     strange = rows["count"][~rows["count"].isin(counts)]
     if len(strange):
         raise UsageError(f"{name}: {len(strange):,} of the {len(rows):,} bins of part {part!r} hold "

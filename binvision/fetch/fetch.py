@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Outcome', 'Fetched', 'fetch', 'Estimate', 'estimate']
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #21079f71
+# %% ../../nbs/03_fetch/03_fetch.ipynb #d9eae09e
 import re
 import threading
 import time
@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
 import pandas as pd
@@ -25,13 +26,13 @@ from .transfer import OutageGuard, get_object, in_parallel, progress_bar
 from ..ground.core import DataError, UsageError, bin_id, rng
 from ..ground.tables import write_csv
 
-# %% ../../nbs/03_fetch/03_fetch.ipynb #36c249f2
+# %% ../../nbs/03_fetch/03_fetch.ipynb #a173dc88
 def _checked_ids(ids):
     "Ids as strings, each once. Raises `UsageError` for what cannot be an id."
     ids = [str(id) for id in (ids["id"] if isinstance(ids, pd.DataFrame) else ids)]
     wrong = [id for id in ids if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", id)]
     if wrong:
-        raise UsageError(f"ids: {wrong[0]!r} cannot be the name of a bin ({len(wrong):,} of {len(ids):,} ids cannot)",
+        raise UsageError(f"ids: {short(wrong[0])} cannot be the name of a bin ({len(wrong):,} of {len(ids):,} ids cannot)",
                          "an id is a key without folder and extension, such as 00523")
     if not ids: raise UsageError("ids: none were given", "pass at least one")
     return list(dict.fromkeys(ids))

@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['outside', 'output_folder', 'output_file']
 
-# %% ../../nbs/00_ground/08_outputs.ipynb #6144edb4
+# %% ../../nbs/00_ground/08_outputs.ipynb #e7ee9d02
 import contextlib
 import os
 import tempfile
 from pathlib import Path
 
-from .core import UsageError, disk_errors
+from .core import UsageError, disk_errors, visible
 
-# %% ../../nbs/00_ground/08_outputs.ipynb #6ea8e44d
+# %% ../../nbs/00_ground/08_outputs.ipynb #a7b9dd4d
 def outside(
     out:str|os.PathLike, # where a result should go
     data:str|os.PathLike, # a data set folder
 )->Path: # out
     "Check that a result does not lie in a data set folder. Raises `UsageError` if it does."
-    place, folder = Path(out).resolve(), Path(data).resolve()
+    place, folder = (Path(os.path.realpath(path)) for path in (out, data))
     if folder not in (place, *place.parents): return Path(out)
     raise UsageError(f"{out}: lies in the data set folder {data}", "results go elsewhere: pass another out")
 
-# %% ../../nbs/00_ground/08_outputs.ipynb #09d4a6fc
+# %% ../../nbs/00_ground/08_outputs.ipynb #b14c1e3a
 def _exists(path):
     "Whether something has this path. Raises `OSError` for a path that the system does not allow."
     with contextlib.suppress(FileNotFoundError): return bool(os.stat(path))
@@ -31,7 +31,9 @@ def _exists(path):
 
 
 def _check_disk(path):
-    "Raise `DataError` if nothing can be written at a path."
+    "Raise `UsageError` for a name that is not UTF-8, and `DataError` if nothing can be written at a path."
+    try: str(path).encode()
+    except UnicodeEncodeError: raise UsageError(f"{visible(str(path))}: the name is not UTF-8", "pass another out") from None
     with disk_errors(path):
         above = next(p for p in (path, *path.parents) if _exists(p))
         with tempfile.TemporaryFile(dir=above if above.is_dir() else above.parent): pass

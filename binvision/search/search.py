@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #d0fb6206
+# %% ../../nbs/08_search/07_search.ipynb #233a168c
 import contextlib
 import io
 import json
@@ -22,7 +22,7 @@ import yaml
 from ..ground.core import DataError, ModelError, UsageError, atomic_write, read_file, set_seed, sha256
 from ..ground.folders import temporary_folder
 from ..ground.machine import PACKAGES, versions
-from ..ground.outputs import output_folder
+from ..ground.outputs import output_folder, outside
 from ..ground.settings import checked, takes
 from ..ground.tables import write_csv
 from ..split.manifest import manifest_images
@@ -66,7 +66,7 @@ def _check_network(job):
         except ModelError as e: error = e
     raise error
 
-# %% ../../nbs/08_search/07_search.ipynb #70624c69
+# %% ../../nbs/08_search/07_search.ipynb #2e591020
 _OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
@@ -75,6 +75,7 @@ def _check_places(job):
     "Raise `UsageError` for a manifest with too few bins, or a run folder that is unsuitable or holds anything else."
     for place in (job.out, job.fixed.get("cache")):
         if isinstance(place, (str, Path)): output_folder(place, job.data)
+    if job.search.storage.startswith("sqlite"): outside(database(job.search.storage).database, job.data)
     parts = manifest_images(job.data, job.manifest).part.value_counts()
     for part in ("train", "valid"):
         if (n := parts.get(part, 0)) < 2:

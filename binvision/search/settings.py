@@ -17,7 +17,7 @@ from ..ground.core import UsageError
 from ..ground.settings import AtLeastOne, Seed, Share, Workers, checked
 from ..train.settings import SEARCHABLE, Decay, Rate, TrainSettings
 
-# %% ../../nbs/08_search/00_settings.ipynb #ceca46f2
+# %% ../../nbs/08_search/00_settings.ipynb #6b182eaa
 @dataclass
 class SearchSettings:
     "How a search is run; what it tries is its space."
@@ -27,8 +27,8 @@ class SearchSettings:
     frozen:bool=False # compute the features of a frozen backbone once, and try heads on them
     metric:Literal["accuracy", "mae", "valid_loss"]="accuracy" # what to search for, on the validation part
     pruner:Literal["median", "hyperband", "none"]="median" # which trials to give up early
-    storage:str|None=None # URL of a database that several machines share; None for SQLite in the run folder
-    study:str|None=None # name of the study in the database; None for the name of the run folder
+    storage:Annotated[str, Field(min_length=1)]|None=None # URL of a database that several machines share; None for SQLite in the run folder
+    study:Annotated[str, Field(min_length=1, max_length=512)]|None=None # name of the study in the database; None for the name of the run folder
     workers:Annotated[Workers, Field(ge=1)]=1 # processes, each with one trial at a time
     loaders:Workers|None=None # processes that decode pictures, a trial; None shares out the cores
     seed:Seed=0 # of what is drawn, and of every training

@@ -24,7 +24,7 @@ from .app import make_app
 from .limits import ServeSettings
 from .metrics import log_event, log_json_lines
 
-# %% ../../nbs/12_serve/10_run.ipynb #410c289d
+# %% ../../nbs/12_serve/10_run.ipynb #6cf3da87
 def _listen(host, port, backlog):
     "A socket that listens. Raises `UsageError` where that is not possible."
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -32,7 +32,7 @@ def _listen(host, port, backlog):
     try:
         sock.bind((host, port))
         sock.listen(backlog)
-    except (OSError, OverflowError, ValueError) as e:  # the last for a name that cannot be that of a host
+    except (OSError, OverflowError, ValueError, TypeError) as e:  # the last two for a name that cannot be that of a host
         sock.close()
         problem = getattr(e, "strerror", None) or e
         raise UsageError(f"{host}, port {port}: cannot listen there ({problem})", "pass another host or port") from e
