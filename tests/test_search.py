@@ -189,18 +189,18 @@ def test_a_postgresql_server_that_refuses(postgres, data, manifest, tmp_path):
     from typer.testing import CliRunner
 
     wrong = postgres.replace("/postgres", "/nowhere")
-    done = CliRunner().invoke(app, ["search", str(data), str(manifest), "--storage", wrong, "--out", str(tmp_path / "x")])
+    done = CliRunner().invoke(app, ["search", str(data), str(manifest), "--weights", "none", "--storage", wrong, "--out", str(tmp_path / "x")])
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 2, done.output
     assert 'database "nowhere" does not exist' in done.stderr and "secret" not in done.stderr
 
 
 @pytest.mark.parametrize("url,says", [("nowhere", "not the URL"), ("foo://x/y", "not the URL"), ("postgresql://me:secret@127.0.0.1:9/x", "refused"),
-                                      ("sqlite:////proc/nowhere/x.db", "cannot be used")])
+                                      ("sqlite:////proc/nowhere/x.db", "cannot be written")])
 def test_a_wrong_storage_is_one_clear_message(data, manifest, tmp_path, url, says):
     from binvision.cli.main import app
     from typer.testing import CliRunner
 
-    done = CliRunner().invoke(app, ["search", str(data), str(manifest), "--storage", url, "--out", str(tmp_path / "x")])
+    done = CliRunner().invoke(app, ["search", str(data), str(manifest), "--weights", "none", "--storage", url, "--out", str(tmp_path / "x")])
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 2 and says in done.stderr and "secret" not in done.stderr, done.output
     assert not (tmp_path / "x").exists()
 

@@ -147,8 +147,8 @@ def test_a_common_asin_and_dense_ids_without_metadata_stay_quick():
 
 
 @pytest.mark.parametrize("wish, words", [
-    (dict(valid=-.1), "valid=-0.1"), (dict(valid=.5, test=.5), "nothing to train on"),
-    (dict(valid=float("nan")), "valid=nan"), (dict(counts=[1, 9]), "count 9"),
+    (dict(valid=-.1), "valid -0.1"), (dict(valid=.5, test=.5), "nothing to train on"),
+    (dict(valid=float("nan")), "valid nan"), (dict(counts=[1, 9]), "count 9"),
     (dict(eval_where="source"), "no column and value"), (dict(eval_where="shop=1"), "'shop'"),
     (dict(eval_where="source=z"), "no bin of these counts"), (dict(by="shop"), "'shop'"), (dict(ids=["523"]), "ids"),
     (dict(groups=pd.Series("one", [f"{i:05d}" for i in range(300)])), "too few"),
