@@ -66,7 +66,7 @@ def _check_network(job):
         except ModelError as e: error = e
     raise error
 
-# %% ../../nbs/08_search/07_search.ipynb #2e591020
+# %% ../../nbs/08_search/07_search.ipynb #6c1236c4
 _OWN = {"config.json", "space.yaml", "study.db", "trials", "trials.csv", "best.json", "features", "cache", "model",
         "history.png", "parallel.png", "importances.png", "curves.png"} # what the run folder of a search holds
 
@@ -85,8 +85,7 @@ def _check_places(job):
     found -= {"study.db", "study.db-journal"}  # a search begins with them, and can be stopped before it has written more
     other = sorted(found - _OWN)
     if not other and found and "space.yaml" not in found: other = sorted(found)
-    if not other: return
-    raise UsageError(f"{job.out}: is not empty and holds no search, but {', '.join(other[:3])}", "choose another out")
+    if other: raise UsageError(f"{job.out}: is not empty and holds no search, but {', '.join(other[:3])}", "choose another out")
 
 # %% ../../nbs/08_search/07_search.ipynb #f3cd9811
 def _about(job):
