@@ -24,14 +24,15 @@ def check_installed():
     for name in modules: importlib.import_module(name)
     wings = sorted({name.split(".")[1] for name in modules})
     print(f"binvision {binvision.__version__}, {len(modules)} modules imported, of {', '.join(wings)}")
-    for wing, name in (("ground", "page.html"), ("serve", "page.html"), ("serve", "page.css"), ("serve", "page.js")):
+    for wing, name in (("ground", "page.html"), ("check", "check.html"), ("check", "finding.html"), ("serve", "page.html"), ("serve", "page.css"), ("serve", "page.js")):
         assert files(f"binvision.{wing}").joinpath(name).is_file(), f"the wheel lacks binvision/{wing}/{name}"
 
 
 def check_demo(folder):
     wanted = ["data/bin-images/00001.jpg", "catalogue/bins.parquet", "explore/index.html", "manifest.csv", "run/history.csv", "run/lr_find.png",
               "run/curves.png", "run/model/card.json", "run/model/model.safetensors", "run/model/model.onnx",
-              "report/report.html", "report/metrics.json", "predictions.csv"]
+              "report/report.html", "report/metrics.json", "predictions.csv", "today/falsified.csv", "check/check.html", "check/queue.csv",
+              "check/findings.parquet"]
     missing = [name for name in wanted if not (folder/name).is_file() or not (folder/name).stat().st_size]
     assert not missing, f"the demo did not leave {missing}"
     result = json.loads((folder/"report/metrics.json").read_text())
