@@ -198,7 +198,7 @@ def _report(study, job):
           f"(an optimistic figure: it is the best of {note['trials']})", flush=True)
     if job.search.frozen: print(f"model: {_head_model(job, note['config'], note)}", flush=True)
 
-# %% ../../nbs/08_search/07_search.ipynb #f3017066
+# %% ../../nbs/08_search/07_search.ipynb #8873a1a0
 @takes(SearchSettings)
 def search(
     data:str|os.PathLike, # the data set folder
@@ -208,8 +208,8 @@ def search(
 )->Path: # the run folder
     "Search the settings that train best; called again, it resumes. Raises `UsageError` for what cannot be used."
     job = make_job(data, manifest, out, kwargs)
-    _check_names(job)
     _check_places(job)
+    _check_names(job)
     _check_network(job)
     with quiet(): _, study = open_study(job)
     _claim(study, job)

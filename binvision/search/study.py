@@ -36,13 +36,13 @@ def quiet():
         try: yield
         finally: optuna.logging.set_verbosity(level)
 
-# %% ../../nbs/08_search/03_study.ipynb #fb4e61fd
+# %% ../../nbs/08_search/03_study.ipynb #e4f8951f
 def hide_password(
     url:str, # of a database
 )->str:
     "A storage URL without its password, fit to be shown."
     try: return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError: return "storage"
+    except (sqlalchemy.exc.ArgumentError, ValueError): return "storage"
 
 # %% ../../nbs/08_search/03_study.ipynb #8569a2a9
 def _connect(parts, heartbeat):

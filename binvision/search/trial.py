@@ -46,7 +46,7 @@ class Job:
     fixed:dict # settings of training: what they are where the space does not vary them
     features:str|None=None # folder of the cached features, in a frozen search
 
-# %% ../../nbs/08_search/05_trial.ipynb #40dd9b7c
+# %% ../../nbs/08_search/05_trial.ipynb #2d1ab119
 def make_job(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # a manifest that split wrote
@@ -56,7 +56,7 @@ def make_job(
     "Read and check all settings of a search. Raises `UsageError` for those that are unknown or impossible."
     search, fixed = split_settings(given)
     space = {name: entry for name, entry in read_space(search.space, search.frozen).items() if name not in fixed}
-    storage, study = search.storage or f"sqlite:///{out}/study.db", search.study or Path(out).resolve().name
+    storage, study = search.storage or f"sqlite:///{out}/study.db", search.study or Path(os.path.abspath(out)).name
     loaders = min(16, cores() // search.workers) if search.loaders is None else search.loaders
     search = replace(search, space=space, storage=storage, study=study, loaders=loaders)
     if not search.frozen: fixed = {"cache": str(Path(out)/"cache")} | fixed

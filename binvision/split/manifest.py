@@ -84,13 +84,13 @@ def read_manifest(
     manifest.attrs["sha256"] = sha256(path)
     return manifest
 
-# %% ../../nbs/04_split/00_manifest.ipynb #e5fd76af
+# %% ../../nbs/04_split/00_manifest.ipynb #610806b8
 def manifest_file(
     path:str|os.PathLike, # the CSV file to write
     data:str|os.PathLike, # the data set folder that it divides
 )->Path: # the same path
     "Check where a manifest is to be written. Raises `UsageError` for an unsuitable place and for a file that is no manifest."
-    at_top = Path(path).resolve().parent == Path(data).resolve()
+    at_top = os.path.dirname(os.path.realpath(path)) == os.path.realpath(data)
     path = output_file(path, None if at_top else data)
     try: columns = read_csv(path, _WRITTEN) if path.exists() and path.stat().st_size else _COLUMNS
     except DataError: columns = ()
