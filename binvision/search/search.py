@@ -222,7 +222,7 @@ def search(
     _report(study, job)
     return Path(out)
 
-# %% ../../nbs/08_search/07_search.ipynb #5cc36416
+# %% ../../nbs/08_search/07_search.ipynb #eb1ca43b
 def read_best(
     folder:str|os.PathLike, # the run folder of a search
 )->dict: # settings of train
@@ -231,7 +231,7 @@ def read_best(
         note = json.loads(read_file(Path(folder)/"best.json", 10**6))
         config = dict(note["config"])
         if note["frozen"]: config["frozen_epochs"] = config.pop("epochs")
-    except (DataError, ValueError, TypeError, KeyError) as e:
+    except (DataError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise UsageError(f"{folder}: holds no best.json", "pass the run folder of a finished binvision search") from e
     found = {f.name: config[f.name] for f in fields(TrainSettings) if f.name in config and f.name != "device"}
     checked(TrainSettings, found, f"{folder}/best.json: ")
