@@ -44,14 +44,14 @@ def _origin(model, card):
     raise ModelError(f"{model}: began with {weights}, which are gone, so nobody knows which bins they have seen",
                      "bring these weights back, or work where they can be found")
 
-# %% ../../nbs/09_check/19_labels.ipynb #e6d6bb2b
+# %% ../../nbs/09_check/19_labels.ipynb #45198b1f
 def seen_by(
     run:str|os.PathLike, # a run folder that train wrote
 )->pd.DataFrame: # id and group of these bins
     "The bins that a run has learnt from or chosen its epoch on. Raises `ModelError` if that cannot be known."
     model, found, done = Path(run)/"model", [], set()
-    while model is not None and model.resolve() not in done:
-        done.add(model.resolve())
+    while model is not None and (place := os.path.realpath(model)) not in done:
+        done.add(place)
         card = read_card(model)
         rows = _manifest_of(model, card)
         found.append(rows.loc[rows["part"] != "test", ["id", "group"]])
