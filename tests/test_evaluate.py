@@ -276,8 +276,8 @@ def test_another_split_carries_a_warning_with_the_number_of_seen_bins(model, dat
 def test_a_place_that_cannot_be_written_is_found_before_the_work(model, data, manifest, tmp_path, monkeypatch):
     (tmp_path/"file").write_text("in the way")
     monkeypatch.setattr("binvision.evaluate.report.predict", lambda *a: pytest.fail("predicted first"))
-    for out in (tmp_path/"file", "/proc/nowhere"):
-        with pytest.raises(DataError, match="cannot be written"): evaluate(model, data, manifest, out=out)
+    for out, error, says in ((tmp_path/"file", UsageError, "is no folder"), ("/proc/nowhere", DataError, "cannot be written")):
+        with pytest.raises(error, match=says): evaluate(model, data, manifest, out=out)
 
 
 def test_a_failure_leaves_the_old_report_as_it_was(report, model, data, manifest, tmp_path, monkeypatch):
