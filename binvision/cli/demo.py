@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/08_demo.ipynb #18ca6edd
+# %% ../../nbs/13_cli/08_demo.ipynb #b7984f75
 import shlex
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ import typer
 from pydantic import Field
 
 from .options import command
-from ..ground.core import UsageError, atomic_write
+from ..ground.core import UsageError, atomic_write, remove
 from ..ground.outputs import output_folder
 from ..ground.settings import AtLeastOne, Seed, Side
 
@@ -33,7 +33,7 @@ _LEFT = {
     "check": "these records against the pictures: check.html, queue.csv, findings.parquet",
 }
 
-# %% ../../nbs/13_cli/08_demo.ipynb #196428db
+# %% ../../nbs/13_cli/08_demo.ipynb #57a984af
 _TITLE = "What binvision demo left here"
 
 
@@ -41,9 +41,9 @@ def _demo_folder(out):
     "Make the folder of the demo, without what an earlier demo left. Raises `UsageError` for a folder that is not a demo's."
     left = output_folder(out)/"README.txt"
     ours = left.is_file() and left.read_text(encoding="utf-8", errors="replace").startswith(_TITLE)
-    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not ours and (not out.is_dir() or any(p.suffix != ".part" for p in out.iterdir())):
         raise UsageError(f"{out}: exists already and was not made by binvision demo", "move it away, or pass another --out")
-    for name in _LEFT if ours else (): shutil.rmtree(out/name) if (out/name).is_dir() else (out/name).unlink(missing_ok=True)
+    for name in _LEFT if ours else (): remove(out/name)
     lines = [_TITLE, "=" * len(_TITLE), "", *(f"{name:18} {what}" for name, what in _LEFT.items())]
     with atomic_write(left, "w") as file: file.write("\n".join(lines) + "\n")
 
