@@ -56,7 +56,7 @@ _Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_
 @app.callback()
 def _main(version:_Version=False): pass
 
-# %% ../../nbs/13_cli/00_app.ipynb #c5a05ecf
+# %% ../../nbs/13_cli/00_app.ipynb #bb5c0fb7
 @contextmanager
 def sigterm_as_ctrl_c()->Iterator[list]: # holds the number of the signal once it has come
     "Let SIGTERM raise `KeyboardInterrupt` during the block, where it would have ended the process."
@@ -66,10 +66,13 @@ def sigterm_as_ctrl_c()->Iterator[list]: # holds the number of the signal once i
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise KeyboardInterrupt
 
+    def repeat():
+        if signal.getsignal(signal.SIGTERM) == stop: signal.raise_signal(signal.SIGTERM)
+
     def lost(about):
         if not (came and about.exc_type == KeyboardInterrupt): return usual(about)
         signal.signal(signal.SIGTERM, stop)
-        threading.Timer(.05, signal.raise_signal, [signal.SIGTERM]).start()
+        threading.Timer(.05, repeat).start()
 
     if threading.current_thread() != threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL: return (yield came)
     signal.signal(signal.SIGTERM, stop)
@@ -96,12 +99,12 @@ def fail(
     say(message, err=True)
     raise typer.Exit(status)
 
-# %% ../../nbs/13_cli/00_app.ipynb #83ff128b
+# %% ../../nbs/13_cli/00_app.ipynb #ef6c532e
 def _stopped(error, status):
     "End a command that was stopped: with what the error says is kept, if it says so."
     kept = "nothing half-written is left; to go on, run the same command again"
     if isinstance(error, KeyboardInterrupt): fail(f"stopped: {str(error) or kept}", status)
-    fail(f"stopped: {kept} ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})", status)
+    fail(f"stopped: {kept} (while stopping: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]})", status)
 
 
 def guarded(
