@@ -154,7 +154,7 @@ def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, sp
     def work():
         try:
             search(data, manifest, out, trials=n, space=space, metric="mae", pruner="none", storage=postgres, study="shared", workers=1 + KILLS, heartbeat=2,
-                   weights=None, epochs=6, batch_size=4, patience=50, **SETTINGS)
+                   weights=None, epochs=24, batch_size=4, patience=50, **SETTINGS)
         except BaseException as e: errors.append(e)
 
     thread = threading.Thread(target=work)

@@ -82,7 +82,7 @@ def open(
         raise
     return self
 
-# %% ../../nbs/03_fetch/02_ledger.ipynb #d15c1a46
+# %% ../../nbs/03_fetch/02_ledger.ipynb #5809470d
 @patch
 def _note(self:FetchFolder, key, digest):
     "Add a verified file to the journal."
@@ -101,7 +101,9 @@ def put(
     digest:bytes, # the MD5 of the content
 ):
     "Write a verified file and note its checksum. Raises `DataError` if the disk refuses."
-    with atomic_write(self.data/key, sync=False) as file: file.write(raw)
+    path = self.data/key
+    if path.exists() and not (path.is_file() or path.is_dir()): path.unlink()  # a pipe or a device
+    with atomic_write(path, sync=False) as file: file.write(raw)
     self._note(key, digest)
 
 # %% ../../nbs/03_fetch/02_ledger.ipynb #c2bee55f
