@@ -21,6 +21,7 @@ WINGS = {
     "evaluate": ("Evaluate", "Figures with intervals, compared with constants; explanations; ensembles; the report."),
     "search": ("Search", "Which settings train best: a study that processes and machines share."),
     "check": ("Check", "The record against the picture: evidence, verdicts, the queue, estimates, changes, labels, drift."),
+    "review": ("Review", "What people say of bins: a log that loses nothing, turns, the page, agreement, and the way back into training."),
     "serve": ("Serve", "A model as an HTTP service, with limits and a page for people."),
     "cli": ("Commands", "The command line, with a table of the options of each command."),
 }
