@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'keep_random_state', 'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'part_of',
-           'Resume', 'restore']
+           'Resume', 'restore', 'changed_settings']
 
 # %% ../../nbs/06_train/08_checkpoint.ipynb #ba1efd42
 import json
@@ -208,3 +208,17 @@ def restore(
     best.kept, best.best = part_of(tensors, "best") or None, state["best"]
     log.write()
     return Resume(tensors, state)
+
+# %% ../../nbs/06_train/08_checkpoint.ipynb #e9054453
+_MAY_CHANGE = {"data", "manifest", "corrections", "first", "teacher", "workers", "device", "cache", "compile", "hardware",
+               "interrupted", "versions"}
+
+
+def changed_settings(
+    old:dict, # config.json of a run
+    new:dict, # what is asked for now
+)->list: # triples of a name, its old value and its new one
+    "The settings that differ, of those that have to stay the same."
+    new = json.loads(json.dumps(new))
+    names = sorted((set(old) | set(new)) - _MAY_CHANGE - ({"lr"} if new["lr"] is None else set()))
+    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
