@@ -190,7 +190,7 @@ def _contents(data):
     rows = [(id, item["asin"], item["quantity"]) for id in ids for item in read_record(data, id, {})[1]]
     return pd.DataFrame(rows, columns=["id", "asin", "quantity"])
 
-# %% ../../nbs/09_check/14_check.ipynb #87182ded
+# %% ../../nbs/09_check/14_check.ipynb #67f4d8cd
 @takes(CheckSettings)
 def check(
     model, # the path of a model folder that holds evidence
@@ -218,7 +218,8 @@ def check(
     listed.save(out/"queue.csv")
     asked = asdict(settings) | {"budget": budget, "random": random, "seed": seed, "rates": rates}
     done = Checked(out, int(totals["n"].sum()), totals, listed, asked, data)
-    about = {"model": fitted.network, "n": done.n, **done.settings, "verdicts": totals.groupby("verdict")["n"].sum().to_dict()}
+    verdicts = totals.groupby("verdict")["n"].sum().to_dict()
+    about = {"model": fitted.network, "data": os.path.relpath(data, out), "n": done.n, **done.settings, "verdicts": verdicts}
     with atomic_write(out/"check.json", "w") as file: file.write(json.dumps(about, indent=2) + "\n")
     first = listed.table.head(shown)
     page = check_page(totals, first, done.rows(first["id"]), data, done.settings)

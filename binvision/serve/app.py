@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['body_docs', 'answer_docs', 'make_app']
 
-# %% ../../nbs/12_serve/09_app.ipynb #26c1c833
+# %% ../../nbs/12_serve/09_app.ipynb #488808c4
 import importlib.resources
 import os
 import re
@@ -18,6 +18,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from ..ground.web import Problem, visible_json
 from ..model.backends import Model, load_model
 from ..model.predict import Prediction
 from .answers import Answers, answer
@@ -25,7 +26,6 @@ from .guard import GuardMiddleware, refusal
 from .intake import PicturesIn
 from .limits import ServeSettings
 from .page import PAGE, POLICY, csp_hash
-from .pictures import Problem, visible_json
 from .service import Service
 
 # %% ../../nbs/12_serve/09_app.ipynb #e7c316fa
@@ -185,7 +185,7 @@ def _refusals(app, service):
         response.headers.update(e.headers or {})
         return response
 
-# %% ../../nbs/12_serve/09_app.ipynb #b1a6433c
+# %% ../../nbs/12_serve/09_app.ipynb #9a352230
 def _allow_origins(app, origins):
     "Let pages of other sites call."
     sent, read = ["Authorization", "Content-Type", "X-Request-Id"], ["Retry-After", "X-Request-Id"]  # headers
@@ -201,7 +201,7 @@ def make_app(
     service = Service(model if isinstance(model, Model) else load_model(model), settings or ServeSettings())
     app = FastAPI(title="binvision", version=service.id, docs_url=None, redoc_url=None, lifespan=service.lifespan,
                   description="How many items are in a distribution centre's bin, from its picture.")
-    app.state.service = service
+    app.state.service, app.state.grace = service, service.settings.grace
     for add in (_refusals, _work_routes, _health_routes, _page_routes): add(app, service)
     app.add_middleware(GuardMiddleware, service=service)
     if service.settings.cors: _allow_origins(app, service.settings.cors)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Capacity', 'Batcher']
 
-# %% ../../nbs/12_serve/03_batcher.ipynb #85e69415
+# %% ../../nbs/12_serve/03_batcher.ipynb #a0fc196e
 import asyncio
 import contextlib
 import math
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from fastcore.basics import patch
 
-from .pictures import Problem
+from ..ground.web import Problem
 
 # %% ../../nbs/12_serve/03_batcher.ipynb #5c707333
 class Capacity:

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['OPEN', 'request_id', 'allowed', 'GuardMiddleware', 'refusal']
 
-# %% ../../nbs/12_serve/08_guard.ipynb #dcc1d709
+# %% ../../nbs/12_serve/08_guard.ipynb #0b386ca7
 import asyncio
-import hmac
 import logging
 import re
 import sys
@@ -17,8 +16,8 @@ import uuid
 from fastcore.basics import patch
 
 from ..ground.core import ModelError
+from ..ground.web import CAREFUL, Problem, knows_token
 from .metrics import log_event
-from .pictures import Problem
 
 # %% ../../nbs/12_serve/08_guard.ipynb #d94b3c8c
 def request_id(
@@ -28,7 +27,7 @@ def request_id(
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
 
-# %% ../../nbs/12_serve/08_guard.ipynb #f2c61d38
+# %% ../../nbs/12_serve/08_guard.ipynb #a8b6d581
 OPEN = ("/", "/healthz", "/readyz", "/ping", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js",
         "/openapi.json") # paths that never ask for a token
 
@@ -39,8 +38,7 @@ def allowed(
     token:str|None, # that callers must send; None for no token
 )->bool:
     "Whether a request may be answered."
-    if token is None or path in OPEN: return True
-    return hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + token.encode())
+    return path in OPEN or knows_token(headers, token)
 
 # %% ../../nbs/12_serve/08_guard.ipynb #c03235ae
 class GuardMiddleware:
@@ -63,17 +61,13 @@ def refusal(
     service.metrics.refused.labels(problem.code).inc()
     return problem.response(scope["state"]["id"])
 
-# %% ../../nbs/12_serve/08_guard.ipynb #cab9a23f
-_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
-            (b"cache-control", b"no-store"), (b"x-frame-options", b"DENY")]
-
-
+# %% ../../nbs/12_serve/08_guard.ipynb #e2ce68a3
 def _watched(send, state):
     "A `send` that adds the headers and notes the status."
     async def watch(message):
         if message["type"] == "http.response.start":
             state["status"] = message["status"]
-            message["headers"] = [*message["headers"], *_HEADERS, (b"x-request-id", state["id"].encode())]
+            message["headers"] = [*message["headers"], *CAREFUL, (b"x-request-id", state["id"].encode())]
         await send(message)
     return watch
 

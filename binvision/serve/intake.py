@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_TYPES', 'Sent', 'PictureIn', 'PicturesIn', 'read_request', 'receive']
 
-# %% ../../nbs/12_serve/02_intake.ipynb #b1e2160b
+# %% ../../nbs/12_serve/02_intake.ipynb #b20d4b6c
 import base64
 import re
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from ..ground.core import visible
+from ..ground.web import Problem
 from .limits import ServeSettings
-from .pictures import Problem
 
 # %% ../../nbs/12_serve/02_intake.ipynb #7cf8b6ad
 @dataclass

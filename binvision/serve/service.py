@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_all', 'Service']
 
-# %% ../../nbs/12_serve/07_service.ipynb #b06a31d8
+# %% ../../nbs/12_serve/07_service.ipynb #bbfa1999
 import asyncio
 import contextlib
 import hashlib
@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..check.alone import load_alone
 from ..ground.core import visible
+from ..ground.web import Problem
 from ..model.backends import Model
 from ..model.predict import prediction_of
 from ..model.scores import softmax
@@ -25,7 +26,7 @@ from .batcher import Batcher
 from .intake import read_request, receive
 from .limits import ServeSettings
 from .metrics import Metrics, log_event
-from .pictures import Problem, read_picture
+from .pictures import read_picture
 
 # %% ../../nbs/12_serve/07_service.ipynb #a90867e8
 def _unusable(sent, failed):
