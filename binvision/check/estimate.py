@@ -23,7 +23,7 @@ from .queue import read_findings, read_queue
 from ..ground.core import DataError, UsageError, read_file
 from ..ground.tables import LARGEST
 
-# %% ../../nbs/09_check/16_estimate.ipynb #f8739e33
+# %% ../../nbs/09_check/16_estimate.ipynb #3932b352
 UNDECIDED = ("retake", "skip") # verdicts of people who cannot count
 
 
@@ -32,7 +32,7 @@ def checked_review(
 )->dict: # the same
     "A review, or an undo. Raises `ValueError` for anything else."
     if not isinstance(said, dict): raise ValueError("it is not an object")
-    if type(said.get("sequence", 1)) is not int: raise ValueError(f"sequence is {said['sequence']!r}, not a whole number")
+    if type(said.get("sequence", 1)) is not int: raise ValueError(f"sequence is {said['sequence']!r}, not a number")
     if not isinstance(said.get("by", ""), str): raise ValueError(f"by is {said['by']!r}, not a text")
     if "undo" in said:
         if type(said["undo"]) is not int: raise ValueError(f"undo is {said['undo']!r}, not the sequence of a line")

@@ -38,8 +38,8 @@ KEYS = { # what a line of the log says
     "previous": "SHA-256 of the line before, in hexadecimal digits"}
 START = "0" * 64 # previous of the first line
 
-# %% ../../nbs/10_review/00_log.ipynb #efc50840
-_KINDS = {"by": [str], "when": [str], "seconds": [int, float], "findings": [str], "model": [str], "shown": [bool], "key": [str]}
+# %% ../../nbs/10_review/00_log.ipynb #4112aabf
+_KINDS = dict.fromkeys(("by", "when", "findings", "model", "key"), [str]) | {"seconds": [int, float], "shown": [bool]}
 
 
 def _fault(entry):
@@ -50,7 +50,9 @@ def _fault(entry):
     wrong = [name for name in entry.keys() & _KINDS.keys() if type(entry[name]) not in _KINDS[name]]
     if wrong: return f"{wrong[0]} is {entry[wrong[0]]!r}"
     if not 0 <= entry.get("seconds", 0) < math.inf: return f"seconds is {entry['seconds']!r}"
-    if len(json.dumps(entry)) > 5000: return "it is longer than 5,000 letters"
+    if entry.get("count", 0) > 999_999: return f"count is {entry['count']!r}"
+    if any("\0" in value for value in entry.values() if isinstance(value, str)): return "a text has the character 0"
+    if len(json.dumps(entry, ensure_ascii=False).encode()) > 5000: return "it is longer than 5,000 bytes"
 
 
 def checked_entry(
@@ -72,7 +74,7 @@ def review_line(
     "An entry as a line of the log: always the same bytes for the same entry."
     return json.dumps({key: entry[key] for key in KEYS if entry.get(key) is not None}).encode()
 
-# %% ../../nbs/10_review/00_log.ipynb #8880c8a1
+# %% ../../nbs/10_review/00_log.ipynb #6a923fcf
 class Log:
     "What people said, in order; it only grows. The base of ReviewFile and ReviewTable."
     def __init__(self):
@@ -91,7 +93,8 @@ class Log:
 
     def close(self): "End the use of the log."
 
-    def __repr__(self): return f"{type(self).__name__}: {len(self.entries()):,} lines, {len(self.current()):,} of them count"
+    def __repr__(self):
+        return f"{type(self).__name__}: {len(self.entries()):,} lines, {len(self.current()):,} of them count"
 
 # %% ../../nbs/10_review/00_log.ipynb #48d75f24
 @patch
@@ -111,32 +114,60 @@ def current(self:Log)->dict: # (bin, person) → entry
         self._read()
         return dict(self._words.last)
 
-# %% ../../nbs/10_review/00_log.ipynb #5b198474
+# %% ../../nbs/10_review/00_log.ipynb #abf23282
 @patch
 def append(self:Log,
     entry:dict, # see KEYS; sequence and previous are added, and when where it is missing
 )->dict: # the entry as it is kept
-    "Keep a judgement or an undo; it is on the disk when this returns. Raises `UsageError` for a wrong one, `DataError` if it cannot be kept."
+    "Keep a judgement or an undo. Raises `UsageError` for a wrong one, `DataError` if it is not on the disk in the end."
     entry = checked_entry(entry)
     entry.setdefault("when", datetime.now(timezone.utc).isoformat(timespec="milliseconds"))
     with self._turn, self._alone():
-        self._read()
-        if entry.get("key") in self._keys: return self._keys[entry["key"]]
-        if "undo" in entry and not self._words.taken_back(entry):
-            raise UsageError(f"undo={entry['undo']}: no judgement of {entry.get('by', '')!r} that still counts", "take back one of your own, once")
-        number = self._said[-1]["sequence"] + 1 if self._said else 1
-        self._write({"sequence": number, **entry, "previous": self._previous})
-        self._read()
-        return self._said[-1]
+        for _ in range(1000):
+            self._read()
+            if entry.get("key") in self._keys: return self._keys[entry["key"]]
+            if "undo" in entry and not self._words.taken_back(entry):
+                raise UsageError(f"undo={entry['undo']}: no judgement of {entry.get('by', '')!r} that still counts",
+                                 "take back one of your own, once")
+            place, number = len(self._said), self._said[-1]["sequence"] + 1 if self._said else 1
+            if self._write({"sequence": number, **entry, "previous": self._previous}):
+                self._read()
+                return self._said[place]
+        raise DataError("reviews: others write all the time; this one is not saved", "try again")
 
-# %% ../../nbs/10_review/00_log.ipynb #7f7a8b24
+# %% ../../nbs/10_review/00_log.ipynb #a730a25b
+def _sync_folder(path):
+    "Let the name of a new file survive a power cut."
+    with contextlib.suppress(OSError): # a system that cannot open a folder
+        fd = os.open(path, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
+
+def _add(path, line):
+    "Add bytes to a file and wait until they are on the disk; after an error the file is as it was."
+    new = not path.exists()
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        end = os.fstat(fd).st_size
+        try:
+            while line: line = line[os.write(fd, line):]
+            os.fsync(fd)
+        except BaseException:
+            os.ftruncate(fd, end)
+            raise
+    finally: os.close(fd)
+    if new: _sync_folder(path.parent)
+
+# %% ../../nbs/10_review/00_log.ipynb #94b7ecd3
 class ReviewFile(Log):
     "The reviews in a folder. Raises `DataError` for a folder that is not there."
     def __init__(self,
         folder:str|os.PathLike, # of a check
     ):
         super().__init__()
-        if not Path(folder).is_dir(): raise DataError(f"{folder}: no folder", "pass the folder that binvision check wrote")
+        if not Path(folder).is_dir():
+            raise DataError(f"{folder}: no folder", "pass the folder that binvision check wrote")
         self.path = Path(folder)/"reviews.jsonl"
         self._lock = FileLock(Path(folder)/".reviews.lock", timeout=10)
         self._read()
@@ -164,31 +195,7 @@ def _read(self:ReviewFile):
     if said: self._take(said, [line for line in raw.split(b"\n") if line.strip()][-1])
     self._end, self._lines = self._end + len(raw), self._lines + raw.count(b"\n")
 
-# %% ../../nbs/10_review/00_log.ipynb #a730a25b
-def _sync_folder(path):
-    "Let the name of a new file survive a power cut."
-    with contextlib.suppress(OSError): # a system that cannot open a folder
-        fd = os.open(path, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-
-
-def _add(path, line):
-    "Add bytes to a file and wait until they are on the disk; after an error the file is as it was."
-    new = not path.exists()
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-    try:
-        end = os.fstat(fd).st_size
-        try:
-            while line: line = line[os.write(fd, line):]
-            os.fsync(fd)
-        except BaseException:
-            os.ftruncate(fd, end)
-            raise
-    finally: os.close(fd)
-    if new: _sync_folder(path.parent)
-
-# %% ../../nbs/10_review/00_log.ipynb #47475bb6
+# %% ../../nbs/10_review/00_log.ipynb #54895a87
 @patch
 def _mend(self:ReviewFile):
     "Complete a last line that lacks only its end; move one that was cut off to reviews.torn."
@@ -213,16 +220,19 @@ def _alone(self:ReviewFile):
     with contextlib.ExitStack() as held:
         try:
             with disk_errors(self.path): held.enter_context(self._lock)
-        except Timeout as e: raise DataError(f"{self.path}: another process does not let go of it", "try again, or end that process") from e
+        except Timeout as e:
+            raise DataError(f"{self.path}: another process does not let go of it", "end that process") from e
         self._read()
         self._mend()
         yield
 
-# %% ../../nbs/10_review/00_log.ipynb #2d9fd420
+# %% ../../nbs/10_review/00_log.ipynb #abafe523
 @patch
 def _write(self:ReviewFile, entry):
     "Add a line."
-    try: _add(self.path, review_line(entry) + b"\n")
+    try:
+        _add(self.path, review_line(entry) + b"\n")
+        return True
     except OSError as e:
         raise DataError(f"{self.path}: the review of bin {entry.get('bin', '')!r} is not saved ({e.strerror or e})",
                         "free some space and say it again; what was saved before is there") from e
