@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CountOf', 'BinLoader', 'bin_dataloaders']
 
-# %% ../../nbs/06_train/02_loaders.ipynb #b9acf446
+# %% ../../nbs/06_train/02_loaders.ipynb #afdc7d24
 import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
@@ -18,6 +19,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastcore.basics import chunked, patch
 from fasttransform import Transform
 
+from ..data.related import WINDOW, neighbours
 from ..ground.core import UsageError
 from ..ground.machine import cores, memory
 from ..ground.pictures import IMAGENET
@@ -49,29 +51,51 @@ def _datasets(rows, count):
     vocab = sorted(set(count.values()))
     return Datasets(list(rows.path), [[open_bin], [CountOf(count), Categorize(vocab=vocab)]], splits=splits)
 
-# %% ../../nbs/06_train/02_loaders.ipynb #aa045abb
+# %% ../../nbs/06_train/02_loaders.ipynb #5f5849ad
 class BinLoader(TfmdDL):
     "A fastai loader that takes batches from decoded pictures if it has them, and can draw a balanced order."
-    pixels = labels = balance = None
+    pixels = labels = balance = ranks = places = None
+    paired = False # whether two photos of one bin are drawn one after the other
     decoders = 0 # processes that decode pictures of other data sets, in test_dl
 
     def create_batches(self, samps):
         if self.pixels is None: return super().create_batches(samps)
         return map(self.decoded_batch, chunked(samps, self.bs, self.drop_last))
 
-# %% ../../nbs/06_train/02_loaders.ipynb #afc3ed3e
+# %% ../../nbs/06_train/02_loaders.ipynb #e505c253
 @patch
 def decoded_batch(self:BinLoader, places:list):
-    "The pictures and labels at these places of the data set."
-    at = torch.tensor(places, device=self.pixels.device)
+    "The pictures and labels at these places of the data set, which stay known until the next batch."
+    self.places = at = torch.tensor(places, device=self.pixels.device)
     return TensorImage(self.pixels[at].permute(0, 3, 1, 2)), TensorCategory(self.labels[at])
 
-# %% ../../nbs/06_train/02_loaders.ipynb #1e0e7423
+# %% ../../nbs/06_train/02_loaders.ipynb #0541456f
+def _units(places, ranks, rng):
+    "Lists of two places that belong together, and of single places, in random order."
+    line, units = sorted(places, key=ranks.__getitem__, reverse=rng.random() < .5), []
+    while line:
+        two = len(line) > 1 and abs(ranks[line[-1]] - ranks[line[-2]]) == 1
+        units.append([line.pop() for _ in range(1 + two)])
+    rng.shuffle(units)
+    return units
+
+# %% ../../nbs/06_train/02_loaders.ipynb #2554943f
+def _pack(units, size):
+    "All places in a row, so that batches of this size tear as few pairs as possible."
+    units, order = units[::-1], []
+    while units:
+        room = size - len(order) % size
+        fits = (n for n in range(len(units) - 1, -1, -1) if len(units[n]) <= room)
+        order += units.pop(next(fits, -1))
+    return order
+
+# %% ../../nbs/06_train/02_loaders.ipynb #e19c3ce6
 @patch
 def shuffle_fn(self:BinLoader, idxs):
-    "A random order; with `balance`, places drawn with those weights."
-    if self.balance is None: return super(BinLoader, self).shuffle_fn(idxs)
-    return self.rng.choices(idxs, self.balance, k=len(idxs))
+    "A random order; with `balance`, places drawn with those weights; if `paired`, two photos of a bin in one batch."
+    if self.balance is not None: return self.rng.choices(idxs, self.balance, k=len(idxs))
+    if self.paired: return _pack(_units(idxs, self.ranks, self.rng), self.bs)
+    return super(BinLoader, self).shuffle_fn(idxs)
 
 # %% ../../nbs/06_train/02_loaders.ipynb #0a725527
 def _balance(dl, count):
@@ -79,14 +103,25 @@ def _balance(dl, count):
     often = Counter(count[p] for p in dl.dataset.items)
     return [1 / often[count[p]] for p in dl.dataset.items]
 
-# %% ../../nbs/06_train/02_loaders.ipynb #fd1f611a
+# %% ../../nbs/06_train/02_loaders.ipynb #082d6970
+def _ranks(rows):
+    "The rank of each row: a list of whole numbers."
+    group, number = pd.factorize(rows["group"])[0], neighbours(rows["id"])[2]
+    order = np.lexsort((number, group))
+    step = np.diff(number[order], prepend=0)
+    follows = (np.diff(group[order], prepend=-1) == 0) & (0 < step) & (step <= WINDOW)
+    ranks = np.empty(len(rows), int)
+    ranks[order] = np.cumsum(np.where(follows, 1, 2))
+    return ranks.tolist()
+
+# %% ../../nbs/06_train/02_loaders.ipynb #1139dec8
 @patch
 def new(self:BinLoader, dataset=None, cls=None, **kwargs):
     "A copy of this loader, for `dataset` or for the same one."
     same = dataset is None or dataset is self.dataset
     res = super(BinLoader, self).new(dataset, cls, **kwargs if same else {"num_workers": self.decoders} | kwargs)
     if not isinstance(res, BinLoader): return res
-    if same: res.pixels, res.labels, res.balance = self.pixels, self.labels, self.balance
+    if same: res.pixels, res.labels, res.balance, res.ranks = self.pixels, self.labels, self.balance, self.ranks
     res.decoders = self.decoders
     return res
 
@@ -116,7 +151,7 @@ def _hold(dls, paths, fit, cache, root):
     for dl in dls.loaders: _give_pixels(dl, pixels, {path: n for n, path in enumerate(paths)})
     return f"decoded once, in {where}"
 
-# %% ../../nbs/06_train/02_loaders.ipynb #808c301e
+# %% ../../nbs/06_train/02_loaders.ipynb #92b5cf0d
 def bin_dataloaders(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
@@ -143,4 +178,5 @@ def bin_dataloaders(
     dls.fit_image = fit  # what a model's card needs to know
     dls.pictures = _hold(dls, list(rows.path), fit, cache, data)
     if balanced: dls.train.balance = _balance(dls.train, count)
+    dls.train.ranks = _ranks(rows[rows.part == "train"])
     return dls
