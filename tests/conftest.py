@@ -1,6 +1,11 @@
 """One small data set and one small trained model for all tests of a session."""
+import glob
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,3 +53,28 @@ def run_folder(home, data, manifest):
 def model(run_folder):
     "The model folder of `run_folder`."
     return run_folder / "model"
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    "The URL of a PostgreSQL server of our own, for as long as the tests run."
+    folders = [os.path.dirname(p) for p in (shutil.which("pg_ctl"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"), reverse=True)) if p]
+    if not folders: pytest.skip("no PostgreSQL: install Debian's postgresql, or put initdb and pg_ctl on the path")
+    user = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        if not shutil.which("runuser") or subprocess.run(["id", "postgres"], capture_output=True).returncode:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres to become")
+        user = ["runuser", "-u", "postgres", "--"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    home = tempfile.mkdtemp(prefix="pg", dir="/tmp")  # not in tmp_path, into which another user may not look; and a short name
+    if user: shutil.chown(home, "postgres")
+    do = lambda *args: subprocess.run([*user, f"{folders[0]}/{args[0]}", *args[1:]], check=True, capture_output=True, text=True, cwd=home)
+    try:
+        do("initdb", "-D", f"{home}/data", "-U", "binvision", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
+        options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off -c shared_buffers=16MB"
+        do("pg_ctl", "-D", f"{home}/data", "-l", f"{home}/log", "-w", "-t", "60", "-o", options, "start")
+        try: yield f"postgresql://binvision:secret@127.0.0.1:{port}/postgres"
+        finally: do("pg_ctl", "-D", f"{home}/data", "-m", "immediate", "stop")
+    finally: shutil.rmtree(home, ignore_errors=True)

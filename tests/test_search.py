@@ -1,13 +1,10 @@
 """What the notebooks of the search wing cannot show in seconds: workers that are killed, a real database server, failures in the middle of a study."""
 import functools
-import glob
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -117,31 +114,6 @@ def test_ctrl_c_gives_the_trial_back_at_once(data, manifest, tmp_path, monkeypat
     assert list(table_of(tmp_path / "search").state) == ["complete", "released", "waiting"]
     table = table_of(search(data, manifest, tmp_path / "search", trials=2, **settings))
     assert list(table.state) == ["complete", "released", "complete"]
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    "The URL of a PostgreSQL server of our own, for as long as the tests of this file run."
-    folders = [os.path.dirname(p) for p in (shutil.which("pg_ctl"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"), reverse=True)) if p]
-    if not folders: pytest.skip("no PostgreSQL: install Debian's postgresql, or put initdb and pg_ctl on the path")
-    user = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        if not shutil.which("runuser") or subprocess.run(["id", "postgres"], capture_output=True).returncode:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres to become")
-        user = ["runuser", "-u", "postgres", "--"]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    home = tempfile.mkdtemp(prefix="pg", dir="/tmp")  # not in tmp_path, into which another user may not look; and a short name
-    if user: shutil.chown(home, "postgres")
-    do = lambda *args: subprocess.run([*user, f"{folders[0]}/{args[0]}", *args[1:]], check=True, capture_output=True, text=True, cwd=home)
-    try:
-        do("initdb", "-D", f"{home}/data", "-U", "binvision", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
-        options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off -c shared_buffers=16MB"
-        do("pg_ctl", "-D", f"{home}/data", "-l", f"{home}/log", "-w", "-t", "60", "-o", options, "start")
-        try: yield f"postgresql://binvision:secret@127.0.0.1:{port}/postgres"
-        finally: do("pg_ctl", "-D", f"{home}/data", "-m", "immediate", "stop")
-    finally: shutil.rmtree(home, ignore_errors=True)
 
 
 def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, space, tmp_path, postgres, capfd):

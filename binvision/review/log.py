@@ -195,7 +195,7 @@ def _read(self:ReviewFile):
     if said: self._take(said, [line for line in raw.split(b"\n") if line.strip()][-1])
     self._end, self._lines = self._end + len(raw), self._lines + raw.count(b"\n")
 
-# %% ../../nbs/10_review/00_log.ipynb #54895a87
+# %% ../../nbs/10_review/00_log.ipynb #e28ca56f
 @patch
 def _mend(self:ReviewFile):
     "Complete a last line that lacks only its end; move one that was cut off to reviews.torn."
@@ -218,10 +218,10 @@ def _mend(self:ReviewFile):
 def _alone(self:ReviewFile):
     "Keep other processes from writing during the block."
     with contextlib.ExitStack() as held:
-        try:
-            with disk_errors(self.path): held.enter_context(self._lock)
-        except Timeout as e:
-            raise DataError(f"{self.path}: another process does not let go of it", "end that process") from e
+        with disk_errors(self.path):
+            try: held.enter_context(self._lock.acquire(poll_interval=.005))
+            except Timeout as e:
+                raise DataError(f"{self.path}: another process does not let go of it", "end that process") from e
         self._read()
         self._mend()
         yield

@@ -1,0 +1,356 @@
+"""What people said is never lost: killed processes, several at once, a full disk, edited lines, a real database; and whose turn it is."""
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import time
+from collections import Counter
+
+import pytest
+
+from binvision.check.estimate import LastWords, estimate, parse_reviews, read_reviews
+from binvision.ground.core import DataError, UsageError
+from binvision.review.log import ReviewFile, checked_entry, review_line
+from binvision.review.reviews import open_reviews, verify
+from binvision.review.turns import Turns, share_of
+
+processes = multiprocessing.get_context("fork")
+
+
+def judge(k, by="ann", **more): return {"bin": f"{k:05d}", "count": k % 6, "by": by, "key": f"{by} {k}", **more}
+
+
+def judge_many(place, by, bins, told=None):
+    "Append judgements, and tell of each that is said to be saved."
+    log = open_reviews(place)
+    for k in bins:
+        log.append(judge(k, by))
+        if told: told.send(k)
+
+
+# Nothing said is lost
+
+def test_twenty_killed_processes_lose_no_judgement_that_was_said_to_be_saved(tmp_path):
+    told, first = [], 0
+    g = random.Random(0)
+    for _ in range(20):
+        ours, theirs = processes.Pipe(duplex=False)
+        worker = processes.Process(target=judge_many, args=(tmp_path, "ann", range(first, 10**6), theirs))
+        worker.start()
+        theirs.close()
+        told.append(ours.recv())
+        end = time.monotonic() + g.random() * .05
+        while time.monotonic() < end: pass
+        worker.kill()
+        worker.join()
+        try:
+            while True: told.append(ours.recv())
+        except EOFError: pass
+        first = told[-1] + 1  # it may be in the log already: the same request again
+    log = open_reviews(tmp_path)
+    kept = Counter(entry["key"] for entry in log.entries())
+    assert len(told) > 40 and len(told) <= len(kept) <= len(told) + 20
+    assert {f"ann {k}" for k in told} <= kept.keys() and set(kept.values()) == {1}
+    assert verify(tmp_path).broken is None
+
+
+def at_once(place, n=60, people=3):
+    "Several processes append at the same time."
+    workers = [processes.Process(target=judge_many, args=(place, f"person {p}", range(n))) for p in range(people)]
+    for worker in workers: worker.start()
+    for worker in workers: worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * people
+    log = open_reviews(place)
+    assert [entry["sequence"] for entry in log.entries()] == list(range(1, n * people + 1))
+    for p in range(people): assert [e["bin"] for e in log.entries() if e["by"] == f"person {p}"] == [f"{k:05d}" for k in range(n)]
+    assert verify(place).broken is None and len(log.current()) == n * people
+    log.close()
+
+
+def test_several_processes_on_one_file(tmp_path): at_once(tmp_path)
+
+
+def test_several_processes_on_one_sqlite_file(tmp_path): at_once(f"sqlite:///{tmp_path}/reviews.db", n=20)
+
+
+def test_several_processes_on_one_postgresql_server(postgres):
+    at_once(postgres, n=40)
+    log = open_reviews(postgres)
+    entry = {"bin": "Ünïcode <b>", "count": 3, "by": "zoë", "seconds": .1 + .2, "shown": True, "findings": "f" * 64, "model": "m", "key": "once"}
+    kept = log.append(entry)
+    assert {name: kept[name] for name in entry} == entry and log.append(entry) == kept
+    assert open_reviews(postgres).append(entry) == kept and log.append({"undo": kept["sequence"], "by": "zoë"})
+    assert ("Ünïcode <b>", "zoë") not in log.current() and verify(postgres, kept["previous"]).broken is None
+    with log._engine.begin() as connection: connection.exec_driver_sql("update reviews set count = 5 where sequence = 7")
+    assert verify(postgres).broken == 7
+    with log._engine.begin() as connection: connection.exec_driver_sql("drop table reviews")
+    with pytest.raises(DataError, match="refuses") as told: log.append(judge(1))
+    assert "secret" not in str(told.value)
+    log.close()
+
+
+def test_a_database_server_that_is_not_there_is_told_without_the_password():
+    with pytest.raises(DataError, match="refuses") as told: open_reviews("postgresql://me:secret@127.0.0.1:9/x")
+    assert "secret" not in str(told.value)
+
+
+def test_a_line_cut_off_anywhere_is_mended_and_told(tmp_path):
+    log = ReviewFile(tmp_path)
+    for k in range(3): log.append(judge(k, when="2026-11-27T09:00:00+00:00"))
+    raw = log.path.read_bytes()
+    start = raw[:-1].rfind(b"\n") + 1
+    for end in range(start + 1, len(raw)):
+        log.path.write_bytes(raw[:end])
+        again = ReviewFile(tmp_path)
+        whole = end == len(raw) - 1
+        assert len(again.entries()) == 2 + whole and len(again.notes) == 1 and ("completed" if whole else "reviews.torn") in again.notes[0]
+        again.append(judge(2))
+        again.append(judge(3))
+        assert [e["bin"] for e in again.entries()] == ["00000", "00001", "00002", "00003"] and verify(tmp_path).broken is None
+        if not whole: assert (tmp_path / "reviews.torn").read_bytes().splitlines()[-1] == raw[start:end]
+
+
+def judge_on_a_full_disk(place, told):
+    log = open_reviews(place)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 700,) * 2)
+    for k in range(10, 20):
+        try: told.send((k, log.append(judge(k))["sequence"]))
+        except DataError as e: told.send((k, str(e)))
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(tmp_path):
+    log = open_reviews(tmp_path)
+    for k in range(5): log.append(judge(k))
+    ours, theirs = processes.Pipe(duplex=False)
+    worker = processes.Process(target=judge_on_a_full_disk, args=(tmp_path, theirs))
+    worker.start()
+    answers = dict(ours.recv() for _ in range(10))
+    worker.join()
+    saved = [k for k, answer in answers.items() if isinstance(answer, int)]
+    assert 0 < len(saved) < 10 and all("not saved" in str(answers[k]) and "File too large" in answers[k] for k in answers if k not in saved)
+    assert [e["key"] for e in log.entries()] == [f"ann {k}" for k in (*range(5), *saved)] and not log.notes
+    log.append(judge(30))
+    assert verify(tmp_path).broken is None
+
+
+def test_what_the_disk_does_not_confirm_is_not_in_the_file(tmp_path, monkeypatch):
+    log = open_reviews(tmp_path)
+    log.append(judge(1))
+    raw = log.path.read_bytes()
+
+    def refuses(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", refuses)
+        with pytest.raises(DataError, match="'00002' is not saved .No space left"): log.append(judge(2))
+    assert log.path.read_bytes() == raw
+    assert log.append(judge(2))["sequence"] == 2
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    log = open_reviews(tmp_path)
+    for k in range(3): log.append(judge(k))
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(lines[0])
+    assert len(log.entries()) == 1 and log.append(judge(7))["sequence"] == 2 and verify(tmp_path).broken is None
+    log.path.unlink()
+    assert log.entries() == [] and log.append(judge(8))["sequence"] == 1
+
+
+def test_a_log_that_another_process_holds_is_told(tmp_path):
+    log, other = open_reviews(tmp_path), open_reviews(tmp_path)
+    log._lock.timeout = .01
+    with other._alone():
+        with pytest.raises(DataError, match="does not let go"): log.append(judge(1))
+
+
+# What a line may say
+
+@pytest.mark.parametrize("entry", [{}, [], {"bin": "1"}, {"bin": 1, "count": 1}, {"bin": "1", "count": True}, {"bin": "1", "count": -1}, {"bin": "1", "count": 10**6},
+    {"bin": "1", "count": 1, "verdict": "skip"}, {"bin": "1", "verdict": "fine"}, {"undo": "1"}, {"undo": True}, {"bin": "1", "count": 1, "undo": 1}, {"bin": "1", "count": 1, "by": None, "seconds": float("nan")},
+    {"bin": "1", "count": 1, "seconds": True}, {"bin": "1", "count": 1, "shown": "no"}, {"bin": "1", "count": 1, "sequence": 4}, {"bin": "1", "count": 1, "previous": "0"},
+    {"bin": "1", "count": 1, "note": "hello"}, {"bin": "1", "count": 1, 3: 4}, {"bin": "1\0", "count": 1}, {"bin": "\ud800", "count": 1}, {"bin": "1", "count": 1, "by": "x" * 5000}])
+def test_a_wrong_entry_is_refused_and_nothing_is_written(tmp_path, entry):
+    log = open_reviews(tmp_path)
+    with pytest.raises(UsageError, match="a review: "): log.append(entry)
+    assert not log.path.exists()
+
+
+def test_names_with_markup_and_line_breaks_stay_one_line(tmp_path):
+    log = open_reviews(tmp_path)
+    for by in ("<script>alert(1)</script>", "a\nb", "\u2028", "=1+1", ""): log.append({"bin": by, "count": 1, "by": by})
+    assert [e["by"] for e in open_reviews(tmp_path).entries()] == [e["bin"] for e in log.entries()] and log.path.read_bytes().count(b"\n") == 5
+
+
+def test_a_clock_that_goes_backwards_changes_no_order(tmp_path):
+    log = open_reviews(tmp_path)
+    log.append(judge(1, when="2026-11-27T09:00:00+00:00"))
+    log.append({"bin": "00001", "count": 5, "by": "ann", "when": "2020-01-01T00:00:00+00:00"})
+    assert log.current()["00001", "ann"]["count"] == 5 and read_reviews(log.path, []) == {("00001", "ann"): 5}
+
+
+# Taking back
+
+def replayed(entries):
+    "What counts, by the plainest rule."
+    back = set()
+    for e in entries:
+        if "undo" in e and any(o["sequence"] == e["undo"] and "undo" not in o and o["by"] == e["by"] for o in entries): back.add(e["undo"])
+    return {(e["bin"], e["by"]): e["count"] for e in entries if "undo" not in e and e["sequence"] not in back}
+
+
+def test_judgements_and_undos_in_any_order_leave_what_a_replay_leaves(tmp_path):
+    g, log = random.Random(1), open_reviews(tmp_path)
+    for _ in range(300):
+        by = g.choice(["ann", "ben"])
+        entry = {"undo": g.randrange(1, 300), "by": by} if g.random() < .4 else {"bin": str(g.randrange(9)), "count": g.randrange(6), "by": by}
+        try: log.append(entry)
+        except UsageError: assert "undo" in entry
+    entries = log.entries()
+    assert sum("undo" in e for e in entries) > 10
+    assert {key: e["count"] for key, e in log.current().items()} == replayed(entries) == read_reviews(log.path, [])
+    assert open_reviews(tmp_path).current() == log.current() == LastWords(entries).last
+
+
+def test_undo_of_undo_of_a_stranger_and_of_nothing(tmp_path):
+    log = open_reviews(tmp_path)
+    log.append(judge(1))
+    for entry in ({"undo": 1, "by": "ben"}, {"undo": 2, "by": "ann"}, {"undo": 1}):
+        with pytest.raises(UsageError, match="still counts"): log.append(entry)
+    log.append({"undo": 1, "by": "ann"})
+    for n in (1, 2):
+        with pytest.raises(UsageError, match="still counts"): log.append({"undo": n, "by": "ann"})
+    log.path.write_text('{"bin": "1", "count": 1, "by": "ann"}\n{"undo": 1, "by": "ben"}\n{"undo": 9, "by": "ann"}\n')  # by hand
+    assert read_reviews(log.path, []) == {("1", "ann"): 1}
+
+
+# The chain
+
+@pytest.fixture
+def lines(tmp_path):
+    log = open_reviews(tmp_path)
+    for k in range(9): log.append(judge(k))
+    log.append({"undo": 3, "by": "ann"})
+    return log.path.read_bytes().splitlines(keepends=True)
+
+
+def test_every_edited_line_is_named(tmp_path, lines):
+    path, whole = tmp_path / "reviews.jsonl", verify(tmp_path)
+    assert whole.broken is None and whole.lines == 10 and "unbroken" in repr(whole)
+    for k, line in enumerate(lines[:-1]):
+        said = json.loads(line)
+        for name in said:
+            changed = {**said, name: said[name] + ("x" if isinstance(said[name], str) else 1)}
+            path.write_bytes(b"".join([*lines[:k], json.dumps(changed).encode() + b"\n", *lines[k + 1:]]))
+            found = verify(tmp_path)
+            assert found.broken == k + 1, (name, found)
+            assert "nothing from it on can be trusted" in repr(found)
+
+
+@pytest.mark.parametrize("change", ["remove", "swap", "twice", "garbage", "blank", "unchained"])
+def test_other_changes_of_the_file_are_found(tmp_path, lines, change):
+    for k in range(1, 8):
+        new = list(lines)
+        if change == "remove": del new[k]
+        if change == "swap": new[k], new[k + 1] = new[k + 1], new[k]
+        if change == "twice": new.insert(k, new[k])
+        if change == "garbage": new[k] = b"garbage\n"
+        if change == "unchained": new.insert(k, b'{"bin": "1", "count": 2}\n')
+        if change == "blank": new.insert(k, b"\n")
+        (tmp_path / "reviews.jsonl").write_bytes(b"".join(new))
+        found = verify(tmp_path)
+        if change == "blank": assert found.broken is None
+        else: assert found.broken in (k + 1, k + 2), found
+
+
+def test_a_log_written_anew_is_found_by_its_last_hash(tmp_path, lines):
+    before = verify(tmp_path).last
+    log = open_reviews(tmp_path)
+    log.append(judge(20))
+    assert verify(tmp_path, before).broken is None
+    log.path.write_bytes(b"".join(lines[:-1]))
+    assert verify(tmp_path).broken is None and verify(tmp_path, before).broken == 1
+
+
+def test_an_earlier_file_without_a_chain_goes_on(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"bin": "1", "count": 1}\n\n{"bin": "2", "count": 2, "by": "ann"}')  # without an end
+    log = open_reviews(tmp_path)
+    assert log.append(judge(3))["sequence"] == 4 and len(log.current()) == 3
+    found = verify(tmp_path)
+    assert (found.free, found.broken, found.lines) == (2, None, 3)
+    path.write_text(path.read_text().replace('"count": 2', '"count": 5'))
+    assert verify(tmp_path).broken in (3, 4)
+
+
+def test_a_file_that_is_no_log_is_named(tmp_path):
+    (tmp_path / "reviews.jsonl").write_text('{"bin": "1", "count": 1}\nhello\n')
+    with pytest.raises(DataError, match="line 2: it is not JSON"): open_reviews(tmp_path)
+    assert verify(tmp_path).broken == 2
+    with pytest.raises(DataError): verify(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="line 1"): parse_reviews(b"[" * 100_000 + b"\n", "x")
+
+
+# Turns
+
+def test_people_share_a_queue_and_never_hold_the_same_bin(tmp_path):
+    g = random.Random(3)
+    queue = [f"{k:04d}" for k in range(120)]
+    log, people = open_reviews(tmp_path), ["ann", "ben", "cy"]
+    turns, mine = Turns(queue, log, overlap=.1), {by: [] for by in people}
+    shared = {id for id in queue if share_of(id) < .1}
+    assert 5 < len(shared) < 25
+    done = {by: [] for by in people}
+    for step in range(5000):
+        by = g.choice(people)
+        mine[by] = turns.next(by, 4)
+        held = Counter(id for other in people for id in mine[other] if id not in shared)
+        assert max(held.values(), default=0) <= 1
+        assert not any((id, by) in log.current() for id in mine[by])
+        if g.random() < .05:
+            turns.release(by)
+            mine[by] = []
+        elif done[by] and g.random() < .1:
+            entry = done[by].pop(g.randrange(len(done[by])))
+            log.append({"undo": entry["sequence"], "by": by})
+            assert entry["bin"] in turns.next(by, 99) or step > 1000
+            mine = {other: turns.next(other, 0) or mine[other] for other in people}
+            mine[by] = turns.next(by, 4)
+            for other in people: mine[other] = [queue[k] for k in turns._held.get(other, [])]
+        elif mine[by]: done[by].append(log.append({"bin": mine[by].pop(0), "count": 1, "by": by}))
+        if not any(turns.left(p) for p in people): break
+    assert Counter(id for id, _ in log.current()) == {id: 3 if id in shared else 1 for id in queue}
+    assert not any(turns.next(by, 5) for by in people)
+
+
+def test_what_another_server_heard_is_not_asked_again(tmp_path):
+    queue = [str(k) for k in range(10)]
+    one, two = Turns(queue, open_reviews(tmp_path)), Turns(queue, open_reviews(tmp_path))
+    held = one.next("ann", 3)
+    for id in held[:2]: open_reviews(tmp_path).append({"bin": id, "count": 1, "by": "ben"})
+    assert two.next("ben") == ["2"] and one.next("ann", 3) == ["2", "3", "4"] and one.left("ann") == 8
+
+
+def test_a_skipped_bin_is_not_asked_again_and_a_strange_one_does_no_harm(tmp_path):
+    log = open_reviews(tmp_path)
+    turns = Turns(["a", "b"], log)
+    log.append({"bin": "zzz", "count": 1, "by": "ann"})
+    log.append({"bin": "a", "verdict": "skip", "by": "ann"})
+    assert turns.next("ben", 5) == ["b"] and turns.left("ben") == 1
+
+
+def test_turns_are_quick_in_a_long_queue(tmp_path):
+    log = open_reviews(tmp_path)
+    queue = [f"{k:06d}" for k in range(100_000)]
+    log.path.write_bytes(b"".join(review_line({"sequence": k + 1, "bin": id, "count": 1, "by": "ann"}) + b"\n" for k, id in enumerate(queue[:50_000])))
+    turns = Turns(queue, log, overlap=.1)
+    turns.next("ann", 6)
+    start = time.perf_counter()
+    for by in ["ann", "ben", "cy"] * 100: turns.next(by, 6)
+    assert (time.perf_counter() - start) / 300 < .02
+
+
+@pytest.mark.parametrize("wish", [dict(overlap=-.1), dict(overlap=1.1), dict(overlap=float("nan")), dict(lease_seconds=0)])
+def test_impossible_turns_are_refused(tmp_path, wish):
+    with pytest.raises(UsageError): Turns(["a"], open_reviews(tmp_path), **wish)
