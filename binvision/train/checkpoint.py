@@ -209,7 +209,7 @@ def restore(
     log.write()
     return Resume(tensors, state)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #e9054453
+# %% ../../nbs/06_train/08_checkpoint.ipynb #3daa2a3d
 _MAY_CHANGE = {"data", "manifest", "corrections", "first", "teacher", "workers", "device", "cache", "compile", "hardware",
                "interrupted", "versions"}
 
@@ -220,5 +220,6 @@ def changed_settings(
 )->list: # triples of a name, its old value and its new one
     "The settings that differ, of those that have to stay the same."
     new = json.loads(json.dumps(new))
-    names = sorted((set(old) | set(new)) - _MAY_CHANGE - ({"lr"} if new["lr"] is None else set()))
+    given = ({"lr"} if new["lr"] is None else set()) | ({"weights"} if "first" in new else set())
+    names = sorted((set(old) | set(new)) - _MAY_CHANGE - given)
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
