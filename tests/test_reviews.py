@@ -8,10 +8,13 @@ import resource
 import time
 from collections import Counter
 
+import krippendorff
+import numpy as np
 import pytest
 
 from binvision.check.estimate import LastWords, estimate, parse_reviews, read_reviews
 from binvision.ground.core import DataError, UsageError
+from binvision.review.agreement import agreement, alpha
 from binvision.review.log import ReviewFile, checked_entry, review_line
 from binvision.review.reviews import open_reviews, verify
 from binvision.review.turns import Turns, share_of
@@ -354,3 +357,31 @@ def test_turns_are_quick_in_a_long_queue(tmp_path):
 @pytest.mark.parametrize("wish", [dict(overlap=-.1), dict(overlap=1.1), dict(overlap=float("nan")), dict(lease_seconds=0)])
 def test_impossible_turns_are_refused(tmp_path, wish):
     with pytest.raises(UsageError): Turns(["a"], open_reviews(tmp_path), **wish)
+
+
+# Agreement
+
+def test_alpha_is_that_of_the_library_krippendorff():
+    g = np.random.default_rng(0)
+    for bins, values, people in ((20, 5, 3), (200, 3, 1), (8, 7, 2)):
+        votes = g.multinomial(people, np.full(values, 1 / values), bins) + g.integers(0, 2, (bins, values))
+        assert alpha(votes) == pytest.approx(krippendorff.alpha(value_counts=votes, level_of_measurement="ordinal"))
+
+
+def test_alpha_of_nothing_and_of_one_value_is_not_defined():
+    assert np.isnan(alpha(np.zeros((0, 3)))) and np.isnan(alpha(np.array([[1, 0], [0, 1]]))) and np.isnan(alpha(np.array([[2, 0], [2, 0]])))
+    assert alpha(np.array([[2, 0], [0, 2]])) == 1 and alpha(np.array([[1, 1], [1, 1]])) < 0
+
+
+def test_agreement_looks_at_last_words_and_leaves_skips_out(tmp_path):
+    log = open_reviews(tmp_path)
+    for k in range(20):
+        log.append({"bin": str(k), "count": k % 4, "by": "ann"})
+        log.append({"bin": str(k), **({"verdict": "skip"} if k == 3 else {"count": k % 4 + (k == 7)}), "by": "<b>"})
+    said = log.append({"bin": "0", "count": 9, "by": "ann"})
+    assert agreement(log.current()).differences["id"].tolist() == ["0", "7"]
+    log.append({"undo": said["sequence"], "by": "ann"})
+    found = agreement(log.current())
+    assert found.differences.to_dict("records") == [{"id": "7", "seen": "<b> 4, ann 3", "spread": 1}] and found.bins == 19
+    assert found.alpha["low"] < found.alpha["value"] < 1 and found.pairs["same"].tolist() == [18 / 19]
+    assert json.loads(json.dumps(found.to_dict()))["people"] == ["<b>", "ann"] and "<b>, " not in found._repr_html_().replace("<p><b>", "")
