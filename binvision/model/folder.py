@@ -33,9 +33,16 @@ _Counts = Annotated[list[_Count], Field(min_length=1, max_length=10_000), AfterV
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _File = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,99}$")]
 
-# %% ../../nbs/05_model/01_folder.ipynb #6a400a37
+# %% ../../nbs/05_model/01_folder.ipynb #763ed995
 _Mean = Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
 _Std = Annotated[list[Annotated[float, Field(ge=1e-4, le=1000)]], Field(min_length=3, max_length=3)]
+
+
+class _View(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    size:Annotated[int, Field(ge=8, le=2048)] # side of the square input, pixels
+    mean:_Mean # of red, green and blue in 0…1
+    std:_Std # the same
 
 
 class _Training(BaseModel):
@@ -48,7 +55,7 @@ class _Plausible(BaseModel):
     level:Annotated[float, Field(gt=0, lt=1)] # the share of bins whose range holds the truth
     least:list[Annotated[float, Field(ge=0, le=1)]] # for each count the probability from which it is plausible
 
-# %% ../../nbs/05_model/01_folder.ipynb #a6177b43
+# %% ../../nbs/05_model/01_folder.ipynb #3d375576
 FORMAT = 1 # of card.json; raised when an older library could misread a newer folder
 
 
@@ -64,6 +71,8 @@ class Card(BaseModel):
     std:_Std # the same
     files:Annotated[dict[_File, _Sha256], Field(max_length=100)] # name → SHA-256
     members:Annotated[list[_Arch], Field(min_length=1, max_length=100)] = [] # architectures of an ensemble's networks
+    views:list[_View] = [] # how each of these networks wants its pictures, where they differ
+    mirror:bool = False # an ensemble looks at the mirror image of each picture, too
     training:_Training|None = None # its settings
     manifest_sha256:_Sha256|None = None # of the split that it was trained on
     plausible:_Plausible|None = None # written by binvision.check.fit.save_evidence
@@ -73,6 +82,12 @@ class Card(BaseModel):
     def _fits(cls, plausible, info):
         if plausible is None or len(plausible.least) == len(info.data.get("counts", plausible.least)): return plausible
         raise PydanticCustomError("number", "should have as many numbers in least as there are counts")
+
+    @field_validator("views")
+    @classmethod
+    def _each(cls, views, info):
+        if not views or len(views) == len(info.data.get("members", views)): return views
+        raise PydanticCustomError("number", "should have as many views as there are members")
 
 # %% ../../nbs/05_model/01_folder.ipynb #90f4f0c8
 _AGAIN = "copy the whole model folder again from where it was made"
