@@ -6,11 +6,12 @@
 __all__ = ['random_state', 'set_random_state', 'keep_random_state', 'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'part_of',
            'Resume', 'restore', 'changed_settings']
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #ba1efd42
+# %% ../../nbs/06_train/08_checkpoint.ipynb #32ef6995
 import json
 import os
 import random
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from safetensors.torch import save
 
 from ..ground.core import DataError, atomic_write
 from .runs import KeepBest, RunLog, skipped
+from .settings import TrainSettings
 
 # %% ../../nbs/06_train/08_checkpoint.ipynb #e6c2e7f1
 def _generators():
@@ -209,8 +211,8 @@ def restore(
     log.write()
     return Resume(tensors, state)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #3daa2a3d
-_MAY_CHANGE = {"data", "manifest", "corrections", "first", "teacher", "workers", "device", "cache", "compile", "hardware",
+# %% ../../nbs/06_train/08_checkpoint.ipynb #32247564
+_MAY_CHANGE = {"data", "manifest", "catalogue", "corrections", "first", "teacher", "workers", "device", "cache", "compile", "hardware",
                "interrupted", "versions"}
 
 
@@ -220,6 +222,7 @@ def changed_settings(
 )->list: # triples of a name, its old value and its new one
     "The settings that differ, of those that have to stay the same."
     new = json.loads(json.dumps(new))
+    old = {f.name: f.default for f in fields(TrainSettings) if f.name in new} | old  # defaults for settings newer than the run
     given = ({"lr"} if new["lr"] is None else set()) | ({"weights"} if "first" in new else set())
     names = sorted((set(old) | set(new)) - _MAY_CHANGE - given)
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
