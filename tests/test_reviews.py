@@ -10,14 +10,19 @@ from collections import Counter
 
 import krippendorff
 import numpy as np
+import pandas as pd
 import pytest
 
 from binvision.check.estimate import LastWords, estimate, parse_reviews, read_reviews
-from binvision.ground.core import DataError, UsageError
+from binvision.ground.core import DataError, UsageError, sha256
 from binvision.review.agreement import agreement, alpha
+from binvision.review.corrections import corrections
 from binvision.review.log import ReviewFile, checked_entry, review_line
 from binvision.review.reviews import open_reviews, verify
+from binvision.review.study import stratified, study, study_report
 from binvision.review.turns import Turns, share_of
+from binvision.split.corrections import correct, read_corrections
+from binvision.split.manifest import read_manifest
 
 processes = multiprocessing.get_context("fork")
 
@@ -385,3 +390,109 @@ def test_agreement_looks_at_last_words_and_leaves_skips_out(tmp_path):
     assert found.differences.to_dict("records") == [{"id": "7", "seen": "<b> 4, ann 3", "spread": 1}] and found.bins == 19
     assert found.alpha["low"] < found.alpha["value"] < 1 and found.pairs["same"].tolist() == [18 / 19]
     assert json.loads(json.dumps(found.to_dict()))["people"] == ["<b>", "ann"] and "<b>, " not in found._repr_html_().replace("<p><b>", "")
+
+
+# Corrections
+
+@pytest.fixture
+def check(tmp_path):
+    "The folder of a check of 30 bins with 1 to 5 items, and a queue of all of them."
+    from binvision.check.queue import queue
+
+    findings = pd.DataFrame({"id": [f"{k:05d}" for k in range(30)], "image": "a.jpg", "recorded": [k % 5 + 1 for k in range(30)],
+                             **dict.fromkeys(("likely", "low", "high"), 3), "p_wrong": .1, **{f"p{c}": .2 for c in range(1, 6)}})
+    findings.to_parquet(tmp_path / "findings.parquet")
+    queue(findings, 30, 30).save(tmp_path / "queue.csv")
+    return tmp_path
+
+
+def run(*args):
+    from binvision.cli.main import app
+    from typer.testing import CliRunner
+
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+def test_corrections_are_what_training_reads(check, manifest, tmp_path):
+    log, rows = open_reviews(check), read_manifest(manifest)
+    findings = pd.DataFrame({"id": rows["id"], "recorded": rows["count"], **{f"p{c}": .2 for c in range(1, 6)}})
+    findings.to_parquet(check / "findings.parquet")
+    train = rows[rows["part"] == "train"].reset_index(drop=True)
+    a, b, c, d, e = train["id"][:5]
+    other = {id: count % 5 + 1 for id, count in zip(rows["id"], rows["count"])}
+    known = dict(zip(rows["id"], rows["count"]))
+    log.append({"bin": a, "count": other[a], "by": "ann"})
+    log.append({"bin": a, "count": other[a], "by": "ben"})
+    log.append({"bin": b, "count": known[b], "by": "ann"})
+    log.append({"bin": c, "count": other[c], "by": "ann"})
+    log.append({"bin": c, "count": known[c], "by": "ben"})
+    log.append({"bin": d, "count": 17, "by": "ann"})
+    log.append({"bin": e, "verdict": "retake", "by": "ann"})
+    wrong = log.append({"bin": e, "count": other[e], "by": "ann"})
+    log.append({"undo": wrong["sequence"], "by": "ann"})
+    done = run("corrections", check, "--out", tmp_path / "c.csv", "--manifest", manifest)
+    assert done.exit_code == 0 and "3 of 4 bins" in done.output and "2 people on 2 bins" in done.output and "does not know: 1" in done.output
+    table = pd.read_csv(tmp_path / "c.csv", dtype=str, keep_default_na=False).set_index("id")
+    assert table.loc[a, ["count", "people", "agreement"]].tolist() == [str(other[a]), "2", "1.0"]
+    assert table.loc[c, "count"] == "" and table.loc[c, "agreement"] == "0.5" and table.loc[d, ["count", "seen"]].tolist() == ["", "17"] and len(table) == 3
+    made, did = correct(rows, tmp_path / "c.csv")
+    assert did == {"changed": 1, "left_out": 2, "unused": 0} and made.set_index("id")["count"][a] == other[a] and not made["id"].isin([c, d]).any()
+
+
+def test_corrections_stay_texts_in_a_spreadsheet(check):
+    findings = pd.read_parquet(check / "findings.parquet")
+    names = ["=1+1", "@x", "-3", "0007"]
+    findings["id"] = [*names, *findings["id"][4:]]
+    findings.to_parquet(check / "findings.parquet")
+    log = open_reviews(check)
+    for id in names: log.append({"bin": id, "count": 6, "by": "=cmd()"})
+    found = corrections(check)
+    found.save(check / "c.csv")
+    assert not [line for line in (check / "c.csv").read_text().splitlines() if line[0] in "=@-"]
+    assert sorted(read_corrections(check / "c.csv").index) == sorted(names)
+
+
+def test_an_estimate_reads_the_log_of_the_check_and_of_a_database(check):
+    log = open_reviews(f"sqlite:///{check}/reviews.db")
+    assert run("estimate", check).exit_code == 2
+    for k in range(30):
+        log.append({"bin": f"{k:05d}", "count": k % 5 + 1 + (k == 4), "by": "ann"})
+        said = log.append({"bin": f"{k:05d}", "count": 9, "by": "ben"})
+        log.append({"undo": said["sequence"], "by": "ben"})
+    file = open_reviews(check)
+    for said in log.entries(): file.append({name: value for name, value in said.items() if name not in ("sequence", "previous")})
+    found = estimate(check)
+    assert (found.low, found.high, found.looked["random"]) == (1, 1, 30) and estimate(check, log.entries()).to_dict() == found.to_dict()
+    by_store = run("estimate", check, "--store", f"sqlite:///{check}/reviews.db", "--json")
+    assert json.loads(by_store.stdout) == found.to_dict() == json.loads(run("estimate", check, "--json").stdout) == json.loads(run("estimate", check, file.path, "--json").stdout)
+
+
+# The study
+
+def test_a_study_of_two_simulated_raters(data, manifest, tmp_path):
+    "Nobody has taken part in a study yet: these raters are made of random numbers."
+    place = study(data, manifest, tmp_path / "study", n=100)
+    bins, rows = pd.read_parquet(place / "findings.parquet"), read_manifest(manifest)
+    assert sorted(bins["id"]) == sorted(rows["id"][rows["part"] == "test"]) and bins["id"].tolist() != sorted(bins["id"])
+    log, g = open_reviews(place), np.random.default_rng(0)
+    hash = sha256(place / "findings.parquet")
+    for id, count in zip(bins["id"], bins["recorded"]):
+        log.append({"bin": id, "count": count, "by": "one", "findings": hash})
+        log.append({"bin": id, "count": max(count - int(g.random() < .5), 0), "by": "other", "findings": hash})
+    log.append({"bin": bins["id"][0], "verdict": "skip", "by": "third", "findings": hash})
+    log.append({"bin": bins["id"][0], "count": 99, "by": "one", "findings": "those of a check"})  # said elsewhere
+    report = study_report(place)
+    figures = report.figures
+    assert figures.loc["by one", ["accuracy", "MAE", "within one"]].tolist() == [1, 0, 1]
+    assert .2 < figures.loc["by other", "accuracy"] < .8 and figures.loc["all", "MAE low"] < figures.loc["all", "MAE"] < figures.loc["all", "MAE high"]
+    assert (report.n, report.open, report.passed) == (len(bins), 0, 1) and 0 < report.agreement.alpha["value"] < 1
+    assert json.loads(json.dumps(report.to_dict()))["figures"]["all"]["judgements"] == 2 * len(bins)
+    assert {f"recorded {c}" for c in bins["recorded"]} <= set(figures.index)
+
+
+def test_the_sample_holds_each_count_in_proportion():
+    rows = pd.DataFrame({"id": [f"{k:04d}" for k in range(1000)], "count": np.repeat([1, 2, 3, 4], [500, 300, 199, 1])})
+    drawn = [stratified(rows, 10, seed) for seed in range(5)]
+    assert all(d["count"].value_counts().to_dict() == {1: 5, 2: 3, 3: 2} for d in drawn) and not drawn[0].equals(drawn[1])
+    assert stratified(rows, 10, 3).equals(stratified(rows.sample(frac=1, random_state=0), 10, 3))
+    assert len(stratified(rows, 5000)) == 1000 and len(stratified(rows, 1)) == 1
