@@ -99,3 +99,14 @@ def test_a_queue_by_the_truth_has_the_highest_lift_and_one_by_nothing_none():
     assert lifts(right, np.full(16, -1.), draw, at, weights)["lift"] == 0
     mass = np.arange(1, 100) / 100
     assert lac_threshold(mass, .9) == .1 and (mass >= .1).mean() == pytest.approx(.9, abs=.02)
+
+
+def test_ideas_together_are_settings_that_a_training_takes():
+    from teach import IDEAS, TOGETHER, together
+
+    from binvision.ground.settings import checked
+    from binvision.train.settings import TrainSettings
+
+    made = together(TOGETHER)
+    assert made == {"teach": "kinds,volume,weight,words", "pairs": .3, "drop_path": .1}
+    for own in (*IDEAS.values(), made): checked(TrainSettings, own)
