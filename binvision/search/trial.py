@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Job', 'make_job', 'make_pruner', 'open_study', 'orphaned', 'ReportEpoch', 'full_learner', 'trial_learner',
            'fit_trial']
 
-# %% ../../nbs/08_search/05_trial.ipynb #b58b2364
+# %% ../../nbs/08_search/05_trial.ipynb #a6fbfac2
 import json
 import math
 import multiprocessing
@@ -23,9 +23,8 @@ from optuna.storages import RDBStorage
 
 from ..ground.core import set_seed
 from ..ground.machine import cores
-from ..split.manifest import manifest_images
-from ..train.learner import bin_learner, fine_tune
-from ..train.loaders import bin_dataloaders
+from ..split.manifest import manifest_images, read_manifest
+from ..train.learner import configured_learner, fine_tune
 from ..train.networks import normalisation
 from ..train.recipes import recipe_callbacks
 from ..train.runs import KeepBest, best_epoch
@@ -166,18 +165,17 @@ def draw(self:Job, trial, rates:dict)->dict: # name → value of every setting
     if factor or config["lr"] is None: config["lr"] = (factor or 1.) * rates[config["arch"]]
     return config
 
-# %% ../../nbs/08_search/05_trial.ipynb #bd86bdc6
+# %% ../../nbs/08_search/05_trial.ipynb #77bc1e72
 def full_learner(
     job:Job,
     config:dict, # name → value of every setting
     folder:str|os.PathLike, # where fastai keeps files of the learner
 )->Learner:
-    "The learner that `train` would make. Raises the errors of `bin_dataloaders` and `bin_learner`."
+    "The learner that `train` would make. Raises the errors of `configured_learner`."
     c = TrainSettings(**{f.name: config[f.name] for f in fields(TrainSettings) if f.name in config})
     mean, std = normalisation(c.arch, c.weights, c.mean, c.std)
-    dls = bin_dataloaders(job.data, job.manifest, c.size, c.batch_size, c.resize, mean, std, c.augment,
-                          job.search.loaders, c.device, c.cache, c.balanced)
-    return bin_learner(dls, c.arch, c.weights, folder, c.loss, wd=c.weight_decay)
+    settings = replace(c, mean=mean, std=std, workers=job.search.loaders)
+    return configured_learner(job.data, read_manifest(job.manifest), settings, folder)
 
 # %% ../../nbs/08_search/05_trial.ipynb #31e393f8
 def _counts(job):
@@ -198,11 +196,11 @@ def trial_learner(
     learn.path = Path(folder)
     return learn
 
-# %% ../../nbs/08_search/05_trial.ipynb #4b975265
+# %% ../../nbs/08_search/05_trial.ipynb #240507ef
 def _fit(learn, job, config, folder, report):
     "Train a configuration."
     if job.search.frozen: return learn.fit_one_cycle(config["epochs"], config["lr"], cbs=[KeepBest(), report])
-    c = {name: config[name] for name in ("lr", "epochs", "frozen_epochs", "patience", "depth")}
+    c = {name: config[name] for name in ("lr", "epochs", "frozen_epochs", "patience", "depth", "body_lr")}
     fine_tune(learn, history=folder/"history.csv", cbs=[*recipe_callbacks(config["ema"]), report], **c)
 
 # %% ../../nbs/08_search/05_trial.ipynb #883e600c

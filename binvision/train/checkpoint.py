@@ -93,7 +93,7 @@ def _optimizer_state(opt):
     hypers = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt.hypers]
     return tensors, {"plain": plain, "hypers": hypers}
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #c3178b64
+# %% ../../nbs/06_train/08_checkpoint.ipynb #73b8bfcf
 def _set_optimizer_state(opt, tensors, state):
     "Put back what `_optimizer_state` gave."
     entries = [dict(entry) for entry in state["plain"]]
@@ -104,7 +104,8 @@ def _set_optimizer_state(opt, tensors, state):
         like = places[int(n)]
         same = like.shape == tensor.shape  # then in the same memory format, too
         entries[int(n)][key] = torch.empty_like(like).copy_(tensor) if same else tensor.to(like.device)
-    opt.load_state_dict({"state": entries, "hypers": state["hypers"]})
+    known = len(state["hypers"]) == len(opt.hypers)  # some networks had fewer groups of layers once; the schedule sets the rates
+    opt.load_state_dict({"state": entries, "hypers": state["hypers"] if known else opt.hypers})
 
 # %% ../../nbs/06_train/08_checkpoint.ipynb #0ca64529
 def _all_tensors(learn, best, opt, generators):

@@ -110,14 +110,14 @@ def _on_processor(tensor):
     "A tensor on the processor, in single precision if it is not whole numbers."
     return tensor.detach().float().cpu() if tensor.is_floating_point() else tensor.cpu()
 
-# %% ../../nbs/06_train/10_publish.ipynb #3a6800d6
+# %% ../../nbs/06_train/10_publish.ipynb #98570753
 def write_model(
     learn:Learner, # from bin_learner
     folder:str|os.PathLike, # the model folder; an existing one is replaced
     **notes, # further entries of the card: temperature, manifest_sha256, training, metrics
 )->Path: # the folder
     "Write the learner's network as a model folder. Raises `ModelError` if its ONNX version answers differently."
-    card = _card(learn, notes)
+    card = _card(learn, notes)  # the network without what it learnt beside the counts
     model = bare_network(learn.arch, len(card["counts"]))
-    model.load_state_dict({name: _on_processor(tensor) for name, tensor in learn.model.state_dict().items()})
+    model.load_state_dict({name: _on_processor(tensor) for name, tensor in learn.model[:2].state_dict().items()})
     return save_torch(folder, card, model)

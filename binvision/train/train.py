@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare_run', 'train']
 
-# %% ../../nbs/06_train/11_train.ipynb #f0a6dbda
+# %% ../../nbs/06_train/11_train.ipynb #eb7e4503
 import json
 import os
 import shutil
@@ -26,8 +26,7 @@ from ..model.folder import read_card
 from ..split.corrections import correct
 from ..split.manifest import read_manifest
 from .checkpoint import changed_settings
-from .learner import bin_learner, fine_tune, plot_history, suggest_lr
-from .loaders import bin_dataloaders
+from .learner import configured_learner, fine_tune, plot_history, suggest_lr
 from .networks import build_model, normalisation
 from .processes import (as_single_process, describe_device, environment, from_first, join_processes, say,
                                        usable_device)
@@ -130,22 +129,11 @@ def clear(self:_Run):
     self.write_json("config.json", self.config)
     with atomic_write(self.out/"manifest.csv") as file: file.write(self.manifest.read_bytes())
 
-# %% ../../nbs/06_train/11_train.ipynb #b81d6b82
-@patch
-def loaders(self:_Run):
-    "The DataLoaders that the settings describe."
-    s = self.settings
-    return bin_dataloaders(self.data, self.rows, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment,
-                           s.workers, s.device, s.cache, s.balanced)
-
-# %% ../../nbs/06_train/11_train.ipynb #b4833f8d
+# %% ../../nbs/06_train/11_train.ipynb #86b7783f
 @patch
 def learner(self:_Run, resumed):
     "The learner that the settings describe; a resumed run takes its weights from the checkpoint."
-    s = self.settings
-    learn = bin_learner(self.loaders(), s.arch, None if resumed else s.weights, self.out, s.loss, wd=s.weight_decay)
-    learn.weights = s.weights
-    return learn
+    return configured_learner(self.data, self.rows, self.settings, self.out, resumed)
 
 # %% ../../nbs/06_train/11_train.ipynb #c4ae08f3
 @patch
@@ -191,7 +179,7 @@ def rescue(self:_Run, learn):
     self.finish(learn, interrupted=True)
     raise KeyboardInterrupt(f"the best epoch so far is in {self.out/'model'}; resume with --resume") from None
 
-# %% ../../nbs/06_train/11_train.ipynb #c7107914
+# %% ../../nbs/06_train/11_train.ipynb #d9cc4a31
 @patch
 def fit(self:_Run, learn, resumed, cbs):
     "Fine-tune, and write the model."
@@ -199,7 +187,7 @@ def fit(self:_Run, learn, resumed, cbs):
     self.write_json("config.json", self.config | {"versions": versions()})
     self.write_json("environment.json", environment(learn.dls.device))
     try: rows = fine_tune(learn, s.lr, s.epochs, s.frozen_epochs, s.patience, self.out/"history.csv", s.depth, cbs,
-                          self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard")
+                          self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr)
     except KeyboardInterrupt:
         if not (self.out/"history.csv").exists(): raise
         self.rescue(learn)
@@ -207,18 +195,18 @@ def fit(self:_Run, learn, resumed, cbs):
         raise UsageError(f"{self.out}: the training loss is not finite", f"pass a learning rate well below {s.lr:.2g}")
     self.finish(learn)
 
-# %% ../../nbs/06_train/11_train.ipynb #17365e45
+# %% ../../nbs/06_train/11_train.ipynb #d080cb9b
 def _train(run, old, cbs):
     "Begin a run, or resume the one that had the configuration `old`."
     s = run.settings
     join_processes(s.device)
     usable_device(s.device)
-    build_model(s.arch, 2, None if old else s.weights)
+    build_model(s.arch, 2, None if old else s.weights, s.drop_path)
     set_seed(s.seed)
     learn, recipe = run.learner(resumed=bool(old)), recipe_callbacks(s.ema)
     distrib_barrier()  # every process has looked at the folder
     if old is None: run.clear()
-    run.notes["hardware"] = describe_device(learn.dls.device)
+    run.notes["hardware"] = describe_device(learn.dls.device, s.precision)
     run.announce(learn.dls)
     lr = old["lr"] if old else s.lr
     run.settings = replace(s, lr=run.search_lr(learn) if lr is None else lr)
