@@ -131,7 +131,7 @@ class Review {
     $.check = make("span", { className: "soft" });
     $.saved = make("span", { className: "saved" });
     const tools = make("div", { className: "tools" },
-      button("model", "Show the model", () => this.toggle(), { "aria-pressed": "false" }),
+      button("model", "Model", () => this.toggle(), { "aria-pressed": "false", title: "Show what the model thinks before you judge" }),
       button("csv", "Download", () => this.download("reviews"), { title: "All reviews so far, as a CSV file" }),
       button("fix", "Corrections", () => this.download("corrections"), { title: "What people found wrong, as a CSV file" }),
       button("help", "?", () => this.help(), { ariaLabel: "Help and keys" }));
@@ -150,7 +150,7 @@ class Review {
     $.why = make("p", { className: "soft" });
     $.record = make("div", { className: "record" });
     $.opinion = make("div", { className: "opinion", hidden: true });
-    const about = make("section", { className: "about", ariaLabel: "Bin" }, $.title, $.why, $.record, $.opinion);
+    const about = make("section", { className: "about", ariaLabel: "Bin", tabIndex: 0 }, $.title, $.why, $.record, $.opinion);
 
     const digits = Array.from({ length: 10 }, (_, n) => button(`n${n}`, String(n), () => this.judge({ count: n }), { ariaLabel: things(n) }));
     $.pad = make("div", { className: "pad", role: "group", ariaLabel: "How many items do you see?" }, ...digits.slice(1), digits[0],
@@ -236,7 +236,6 @@ class Review {
     if (this.study) return;
     this.open = !this.open;
     this.$.model.setAttribute("aria-pressed", String(this.open));
-    this.$.model.textContent = this.open ? "Hide the model" : "Show the model";
     if (this.bin) this.showOpinion();
   }
 
@@ -337,23 +336,28 @@ class Review {
   }
 
   undo() {
-    const last = this.history.pop();
+    const last = this.history.at(-1);
     if (!last) return this.say("There is nothing to undo.");
-    this.unsaved.add({ what: "undo", undo: last.undo, bin: last.bin, key: newKey() });
-    this.said.set(last.bin, null);
-    this.mine--; this.left++;
+    const message = { what: "undo", undo: last.undo, bin: last.bin, key: newKey() };
+    this.unsaved.add(message);
+    this.remember(message);
     this.send();
-    if (this.bin && this.bin.id !== last.bin && !this.judged(this.bin)) this.next.unshift(this.bin);
-    this.next = this.next.filter(bin => bin.id !== last.bin);
+    this.putBack();
     this.visit({ bin: last.bin }, "Taken back. ");
   }
 
   remember(message) {
-    if (message.what === "undo") { this.history = this.history.filter(h => h.undo !== message.undo); return; }
-    const again = this.history.some(h => h.bin === message.bin);
-    this.said.set(message.bin, { count: message.count, verdict: message.verdict });
-    this.history.push({ bin: message.bin, undo: message.key });
-    if (!again) { this.mine++; this.left = Math.max(0, this.left - 1); }
+    const { bin } = message, earlier = () => this.history.findLast(h => h.bin === bin);
+    if (message.what === "undo") {
+      this.history = this.history.filter(h => h.undo !== message.undo);
+      this.said.set(bin, earlier()?.said ?? null);
+      if (!earlier()) { this.mine--; this.left++; }
+      return;
+    }
+    if (!earlier()) { this.mine++; this.left = Math.max(0, this.left - 1); }
+    const said = { count: message.count, verdict: message.verdict };
+    this.said.set(bin, said);
+    this.history.push({ bin, undo: message.key, said });
   }
 
   judged(bin) { return this.said.has(bin.id) ? this.said.get(bin.id) : bin.mine; }
@@ -382,19 +386,16 @@ class Review {
         this.offline = e instanceof Refused ? e.message : "the server cannot be reached";
         if (!tries) this.say(`Not saved: ${this.offline}. It is kept here and sent again.`);
         this.draw();
-        await wait(Math.min(5, .25 * 2 ** tries++));
+        await wait(Math.min(2, .1 * 2 ** tries++));
       }
     }
     this.sending = false;
     this.draw();
-    if (!this.bin) this.forward();
   }
 
   drop(message) {
-    if (message.what !== "judge") return;
-    this.said.delete(message.bin);
-    this.history = this.history.filter(h => h.undo !== message.key);
-    this.mine--;
+    if (message.what === "judge") this.remember({ what: "undo", undo: message.key, bin: message.bin });
+    this.draw();
   }
 
   replied(message, reply) {
@@ -416,7 +417,8 @@ class Review {
   // Moving
 
   async forward(say = "") {
-    const turn = ++this.turn;
+    const turn = ++this.turn, after = this.bin?.place ?? 0;
+    this.putBack();
     this.next = this.next.filter(bin => !this.judged(bin));
     if (!this.next.length) {
       this.clear(this.offline ? `No connection: ${this.offline}. What you judged is kept here.` : "Loading…");
@@ -430,7 +432,7 @@ class Review {
       }
       if (turn !== this.turn) return;
     }
-    const bin = this.next.shift();
+    const bin = this.next.find(bin => bin.place > after) ?? this.next[0];
     if (bin) return this.show(bin, say);
     this.clear("All done: no bin of this queue waits for you. Thank you!");
     this.say("All done.");
@@ -439,8 +441,12 @@ class Review {
   move(step) {
     const place = (this.bin?.place ?? this.n + 1) + step;
     if (place < 1 || place > this.n) return this.say(step < 0 ? "This is the first bin." : "This is the last bin.");
-    if (this.bin && !this.judged(this.bin) && !this.next.some(bin => bin.id === this.bin.id)) this.next.unshift(this.bin);
+    this.putBack();
     this.visit({ place });
+  }
+
+  putBack() {  // the bin that is left without a judgement comes again
+    if (this.bin && !this.judged(this.bin) && !this.next.some(bin => bin.id === this.bin.id)) this.next.unshift(this.bin);
   }
 
   async visit(which, say = "") {
@@ -487,6 +493,7 @@ class Review {
   show(bin, say = "") {
     const $ = this.$;
     this.bin = bin;
+    this.next = this.next.filter(other => other.id !== bin.id);
     this.views.set(bin.id, bin);
     if (this.views.size > 200) this.views.delete(this.views.keys().next().value);
     this.since = performance.now();
@@ -517,9 +524,9 @@ class Review {
   recordOf(bin) {
     if (this.study) return [];
     if (!bin.items.length) return [make("p", { textContent: bin.recorded === null ? "No record." : `The record says ${things(bin.recorded)}, and lists none.` })];
-    const head = make("tr", {}, ...["", "Item", "Size, inches", "Pounds"].map((text, k) => make("th", { scope: "col", textContent: k ? text : "Quantity", className: k ? "" : "quantity" })));
+    const head = make("tr", {}, ...["Qty", "Item", "Size, in", "lb"].map(text => make("th", { scope: "col", textContent: text })));
     const rows = bin.items.map(item => make("tr", {}, make("td", { className: "quantity", textContent: item.quantity }), make("td", { textContent: seen(item.name) }),
-      make("td", { className: "size", textContent: item.size }), make("td", { textContent: item.weight })));
+      make("td", { className: "size", textContent: item.size }), make("td", { className: "size", textContent: item.weight })));
     const table = make("table", {}, make("caption", { textContent: `The record: ${things(bin.recorded)}` }), make("thead", {}, head), make("tbody", {}, ...rows));
     return [table, bin.problem ? make("p", { className: "alert", textContent: seen(bin.problem) }) : null].filter(Boolean);
   }
