@@ -110,3 +110,29 @@ def test_ideas_together_are_settings_that_a_training_takes():
     made = together(TOGETHER)
     assert made == {"teach": "kinds,volume,weight,words", "pairs": .3, "drop_path": .1}
     for own in (*IDEAS.values(), made): checked(TrainSettings, own)
+
+
+def test_looks_at_wrong_records_bring_the_true_counts_back(data, manifest, tmp_path):
+    from argparse import Namespace
+
+    from loop import answered, falsified, looked_at
+
+    from binvision.split.corrections import correct
+    from binvision.split.manifest import read_manifest
+
+    args, rows = Namespace(data=data, out=tmp_path, share=.3, looks=15), read_manifest(manifest)
+    _, wrong, before = falsified(args, rows, 0)
+    made, true = read_manifest(wrong), rows.set_index("id")["count"]
+    changed = made["id"][(made["count"] != rows["count"]).to_numpy()]
+    assert set(changed) == set(before.index) and (true[before.index] == before).all() and set(made["part"][made["id"].isin(changed)]) == {"train"} and len(changed) > 5
+    findings = pd.DataFrame({"id": made["id"], "image": "a.jpg", "recorded": made["count"], **dict.fromkeys(("likely", "low", "high"), 3),
+                             "p_wrong": made["id"].isin(changed) * .9, **{f"p{c}": .2 for c in sorted(set(rows["count"]))}})
+    (tmp_path / "check").mkdir()
+    findings.to_parquet(tmp_path / "check/findings.parquet")
+    looks = looked_at(args, tmp_path / "check", rows, 0)
+    assert set(changed) <= set(looks["queue"]) or len(changed) > 15
+    assert len(looks["random"]) == 15 and set(rows.set_index("id")["part"][looks["random"]]) == {"train"}
+    for bins in looks.values():
+        fixed, did = correct(made, answered(tmp_path / "looks", tmp_path / "check", bins, true, wrong))
+        assert did["changed"] == len(set(bins) & set(changed)) and did["left_out"] == 0
+        assert (fixed.set_index("id")["count"][bins] == true[bins]).all()
