@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['sensitivity', 'export']
 
-# %% ../../nbs/05_model/06_quantize.ipynb #64e34514
+# %% ../../nbs/05_model/06_quantize.ipynb #4aa289e4
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ from ..ground.outputs import output_folder
 from ..ground.settings import AtLeastOne, Seed, Share, with_rules
 from .backends import BACKENDS, Model, load_model
 from .folder import check_file, read_card
-from .int8 import METHODS, CalibrationPictures, layers, prepare, quantize
+from .int8 import METHODS, calibrate, calibration_batches, layers, prepare, quantize
 from .predict import predict_stream
-from .scores import divergence, scores
+from .scores import divergence, scores, softmax
 from ..split.manifest import read_manifest
 
 # %% ../../nbs/05_model/06_quantize.ipynb #5727e1a4
@@ -44,19 +45,44 @@ def _candidate(file, card, folder):
     (folder/"card.json").write_text(text, encoding="utf-8")
     return load_model(folder, "int8")
 
-# %% ../../nbs/05_model/06_quantize.ipynb #83536bbc
+# %% ../../nbs/05_model/06_quantize.ipynb #4ae5d5c3
+def _networks(network, home):
+    "Each network of an average as an ONNX file in `home`, with the names of its layers; any other network as it is."
+    import onnx
+
+    nodes, groups = layers(network), {}
+    for name in nodes: groups.setdefault(re.match(r"(members\.\d+\.)?", name)[0], []).append(name)
+    if "" in groups: yield Path(network), list(nodes)
+    else:
+        graph = onnx.load(network).graph
+        outputs = {node.name: node.output[0] for node in graph.node}
+        for group, names in groups.items():  # the last layer of each gives its answers
+            file = home/f"{group}onnx"
+            onnx.utils.extract_model(os.fspath(network), os.fspath(file), [graph.input[0].name], [outputs[nodes[names[-1]]]])
+            yield file, names
+
+# %% ../../nbs/05_model/06_quantize.ipynb #f9be70c9
+def _answers(network, batch):
+    "The probabilities that an ONNX file gives to prepared pictures."
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(network, providers=["CPUExecutionProvider"])
+    return softmax(session.run(None, {session.get_inputs()[0].name: batch})[0])
+
+
 def sensitivity(
-    model:Model, # the original
-    network:str|os.PathLike, # its ONNX file from prepare
-    paths, # pictures to look at, some dozens
+    network:str|os.PathLike, # an ONNX file from prepare
+    batch:np.ndarray, # n × 3 × size × size, prepared pictures, some dozens
+    ranges, # of the network's values, from calibrate
 )->dict: # name of the layer → divergence in nats, the most sensitive first
-    "How far the answers move when a single layer is quantised."
-    found, before = {}, _run(model, paths)[0]
+    "How far the answers move when a single layer is quantised; in an average, those of the layer's own network."
+    found = {}
     with temporary_folder() as home:
-        for layer, node in layers(network).items():
-            pictures = CalibrationPictures(paths, model.card, model.input)
-            file = quantize(network, home/"one.onnx", pictures, only=[node])
-            found[layer] = divergence(before, _run(_candidate(file, model.card, home/"one"), paths)[0])
+        for file, names in _networks(network, home):
+            nodes, before = layers(file), _answers(file, batch)
+            for name in names:
+                one = quantize(file, home/"one.onnx", ranges, only=[nodes[name]])
+                found[name] = divergence(before, _answers(one, batch))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 # %% ../../nbs/05_model/06_quantize.ipynb #d32983e5
@@ -75,7 +101,7 @@ def _parts(data, manifest, n, seed):
     labels = valid["count"].to_numpy(int)
     return [images[i] for i in drawn], [images[i] for i in valid.id], labels, table.attrs["sha256"]
 
-# %% ../../nbs/05_model/06_quantize.ipynb #ad32cf63
+# %% ../../nbs/05_model/06_quantize.ipynb #2fccb2dd
 class _Trials:
     "Quantises one network in several ways and measures each against the original."
 
@@ -83,22 +109,35 @@ class _Trials:
         self.model, self.network, self.home = model, network, home
         self.calibration, self.valid, self.counts = calibration, valid, model.card["counts"]
         self.p, self.good = _run(model, valid)
-        self.labels, self.tried = labels[self.good], []
+        self.labels, self.tried, self.known = labels[self.good], [], {}
         self.fp32 = self._figures(self.p)
 
     def _figures(self, p):
         "Accuracy and mean absolute error."
         return {k: v for k, v in scores(p, self.labels, self.counts).items() if k in ("accuracy", "mae")}
 
-# %% ../../nbs/05_model/06_quantize.ipynb #e6f04e58
+# %% ../../nbs/05_model/06_quantize.ipynb #0fe4c081
+@patch
+def _batches(self:_Trials, n):
+    "The first `n` calibration pictures, prepared."
+    return calibration_batches(self.calibration[:n], self.model.card)
+
+
+@patch
+def _ranges(self:_Trials, method):
+    "What `calibrate` finds with one method, and the number of pictures that it sees."
+    if method not in self.known:
+        n = min(len(self.calibration), len(self.calibration) if method == "minmax" else 32)
+        self.known[method] = calibrate(self.network, self._batches(n), method), n
+    return self.known[method]
+
+# %% ../../nbs/05_model/06_quantize.ipynb #bdb6760c
 @patch
 def _quantized(self:_Trials, method, keep):
     "A candidate as a `Model`, and the number of pictures that calibrated it."
-    nodes = layers(self.network)
-    some = self.calibration if method == "minmax" else self.calibration[:64]  # histograms are slow
-    pictures = CalibrationPictures(some, self.model.card, self.model.input)
-    file = quantize(self.network, self.home/"new.onnx", pictures, method, [nodes[name] for name in keep])
-    return _candidate(file, self.model.card, self.home/f"{len(self.tried)}"), len(some)
+    nodes, (ranges, n) = layers(self.network), self._ranges(method)
+    file = quantize(self.network, self.home/"new.onnx", ranges, [nodes[name] for name in keep])
+    return _candidate(file, self.model.card, self.home/f"{len(self.tried)}"), n
 
 # %% ../../nbs/05_model/06_quantize.ipynb #2fe789f4
 @patch
@@ -113,17 +152,17 @@ def measure(self:_Trials, method, keep=()):
                        "same_count": same, "divergence": divergence(self.p, q)})
     return self.tried[-1] | {"file": candidate.path}
 
-# %% ../../nbs/05_model/06_quantize.ipynb #e7c91445
+# %% ../../nbs/05_model/06_quantize.ipynb #96e7ccfd
 @patch
 def search(self:_Trials, max_loss):
-    "The best candidate that loses at most `max_loss` of accuracy, or `None`."
+    "The first candidate that loses at most `max_loss` of accuracy, or `None`."
     good_enough = lambda c: self.fp32["accuracy"] - c["accuracy"] <= max_loss + 1e-9
-    candidates = sorted((self.measure(method) for method in METHODS), key=lambda c: c["divergence"])
-    if best := next(filter(good_enough, candidates), None): return best
-    order, k = list(sensitivity(self.model, self.network, self.calibration[:32])), 1
-    while k < len(order):
-        if good_enough(best := self.measure(candidates[0]["method"], order[:k])): return best
-        k *= 2
+    for method in METHODS:
+        if good_enough(found := self.measure(method)): return found
+    closest = min(self.tried, key=lambda c: c["divergence"])["method"]
+    order = list(sensitivity(self.network, np.concatenate(list(self._batches(32))), self._ranges(closest)[0]))
+    for k in (2**i for i in range(len(order).bit_length() - 1)):
+        if good_enough(found := self.measure(closest, order[:k])): return found
     return None
 
 # %% ../../nbs/05_model/06_quantize.ipynb #b063ade8
