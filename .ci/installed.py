@@ -24,7 +24,8 @@ def check_installed():
     for name in modules: importlib.import_module(name)
     wings = sorted({name.split(".")[1] for name in modules})
     print(f"binvision {binvision.__version__}, {len(modules)} modules imported, of {', '.join(wings)}")
-    for wing, name in (("ground", "page.html"), ("check", "check.html"), ("check", "finding.html"), ("serve", "page.html"), ("serve", "page.css"), ("serve", "page.js")):
+    for wing, name in (("ground", "page.html"), ("check", "check.html"), ("check", "finding.html"), ("serve", "page.html"), ("serve", "page.css"), ("serve", "page.js"),
+                       *(("review", f"static/review.{kind}") for kind in ("html", "css", "js"))):
         assert files(f"binvision.{wing}").joinpath(name).is_file(), f"the wheel lacks binvision/{wing}/{name}"
 
 

@@ -367,13 +367,19 @@ def answers(port):
 
 FORKS = """
 import os, sys
-from binvision.review.server import serve_reviews
 import uvicorn, uvicorn.loops.auto, uvicorn.protocols.http.auto, uvicorn.lifespan.on
+from binvision.ground.web import run_until_sigterm, web_server
+from binvision.review.desk import Desk
+from binvision.review.photos import open_bins
+from binvision.review.reviews import open_reviews
+from binvision.review.server import review_app
 check, port = sys.argv[1], int(sys.argv[2])
+bins = open_bins(check)
+review_app(Desk(bins, open_reviews(check)))
 for line in sys.stdin:  # a line asks for a server
     pid = os.fork()
     if not pid:
-        serve_reviews(check, "anna", port=port, browse=False, told=lambda line: None)
+        run_until_sigterm(*web_server(review_app(Desk(bins, open_reviews(check))), port=port))
         os._exit(0)
     print(pid, flush=True)
     os.waitpid(pid, 0)
