@@ -173,6 +173,12 @@ def test_a_log_that_another_process_holds_is_told(tmp_path):
         with pytest.raises(DataError, match="does not let go"): log.append(judge(1))
 
 
+def test_a_log_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "reviews.jsonl").mkdir()
+    for work in (open_reviews, verify, corrections):
+        with pytest.raises(DataError): work(tmp_path)
+
+
 # What a line may say
 
 @pytest.mark.parametrize("entry", [{}, [], {"bin": "1"}, {"bin": 1, "count": 1}, {"bin": "1", "count": True}, {"bin": "1", "count": -1}, {"bin": "1", "count": 10**6},

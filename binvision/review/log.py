@@ -178,7 +178,7 @@ class ReviewFile(Log):
         super()._forget()
         self._file, self._end, self._lines = None, 0, 0 # which file; bytes and lines that were read
 
-# %% ../../nbs/10_review/00_log.ipynb #a709613c
+# %% ../../nbs/10_review/00_log.ipynb #286f1752
 @patch
 def _read(self:ReviewFile):
     "Take in the lines that were added."
@@ -187,9 +187,11 @@ def _read(self:ReviewFile):
     if self._file != (about.st_dev, about.st_ino) or about.st_size < self._end: self._forget()
     self._file = about.st_dev, about.st_ino
     if about.st_size == self._end: return
-    with open(self.path, "rb") as file:
-        file.seek(self._end)
-        raw = file.read()
+    try:
+        with open(self.path, "rb") as file:
+            file.seek(self._end)
+            raw = file.read()
+    except OSError as e: raise DataError(f"{self.path}: cannot be read ({e.strerror})", "check the permissions") from e
     raw = raw[:raw.rfind(b"\n") + 1]
     said, _ = parse_reviews(raw, self.path, self._lines + 1)
     if said: self._take(said, [line for line in raw.split(b"\n") if line.strip()][-1])
