@@ -171,17 +171,18 @@ class Teach(_OfPlaces):
         said, model.said = model.said, None
         return sum(lesson_loss(name, answer, self.targets[name][places.to(answer.device)]) for name, answer in said.items())
 
-# %% ../../nbs/06_train/05_recipes.ipynb #1f465306
+# %% ../../nbs/06_train/05_recipes.ipynb #61d580df
 class Pairs(_OfPlaces):
     "Add to the loss of training how wrong the differences between photos of one bin are."
-    def __init__(self, ranks, counts, weight): self.ranks, self.counts, self.weight = ranks, counts, weight
+    def __init__(self, ranks, counts, weight):
+        self.ranks, self.counts, self.weight = torch.tensor(ranks), torch.tensor(counts, dtype=torch.float), weight
+
+    def before_fit(self): self.ranks, self.counts = self.ranks.to(self.dls.device), self.counts.to(self.dls.device)
 
     def extra(self, places):
-        device = self.pred.device
-        counts, ranks = torch.tensor(self.counts, dtype=torch.float, device=device), torch.tensor(self.ranks, device=device)
-        pair = ranks[places.to(device)].diff().abs() == 1
-        expected = self.pred.float().softmax(-1) @ counts
-        each = smooth_l1_loss(expected.diff(), counts[self.y.long()].diff(), reduction="none")
+        pair = self.ranks[places.to(self.ranks.device)].diff().abs() == 1
+        expected = self.pred.float().softmax(-1) @ self.counts
+        each = smooth_l1_loss(expected.diff(), self.counts[self.y.long()].diff(), reduction="none")
         return (each * pair).sum() / pair.sum().clamp(min=1)
 
 # %% ../../nbs/06_train/05_recipes.ipynb #69abfbdd
