@@ -94,25 +94,28 @@ def _estimate(
     typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
     for note in found.notes: typer.echo(f"note: {note}", err=True)
 
-# %% ../../nbs/13_cli/09_check.ipynb #2460ac63
+# %% ../../nbs/13_cli/09_check.ipynb #b7dbfa45
 @command
 def _corrections(
     check:Path, # folder that binvision check wrote, with reviews.jsonl
     out:Path=Path("corrections.csv"), # CSV file: id, recorded, count (empty where training should leave the bin out), seen, people, agreement
     manifest:Path|None=None, # keep only bins of this manifest, so that train takes the file; None for all
     store:str|None=None, # database with the reviews, such as postgresql://user@host/name; None for the file
+    differences:Path|None=None, # CSV file for the bins on which people differ; None for none
 ):
     "Write what people found wrong: for the inventory, and as labels for the next training."
     from binvision.check.estimate import LastWords
     from binvision.ground.outputs import output_file
     from binvision.review.agreement import agreement
+    from binvision.ground.tables import write_csv
     from binvision.review.corrections import corrections, said_of
 
-    output_file(out)
+    for path in (out, differences or out): output_file(path)
     said = said_of(check) if store is None else _stored(store)
-    found = corrections(check, said, manifest)
+    found, agreed = corrections(check, said, manifest), agreement(LastWords(said).last)
     found.save(out)
-    typer.echo(f"{found}\n{agreement(LastWords(said).last)}\nwritten: {out}")
+    if differences: write_csv(agreed.differences, differences)
+    typer.echo(f"{found}\n{agreed}\nwritten: {out}")
     for note in found.notes: typer.echo(f"note: {note}", err=True)
 
 # %% ../../nbs/13_cli/09_check.ipynb #26ba2745
