@@ -78,7 +78,7 @@ def _click_command(name):
 
 FUNCTIONS = {
     "synthesize": "synthetic.synthesize", "catalogue": "data.catalogue", "explore": "data.explore", "split": "split.split", "folds": "split.folds",
-    "train": "train.train", "evaluate": "evaluate.report", "ensemble": "evaluate.ensemble", "export": "model.quantize",
+    "train": "learner", "evaluate": "evaluate.report", "ensemble": "evaluate.ensemble", "export": "model.quantize",
     "predict": "model.predict", "search": "search.search", "fetch": "fetch.fetch", "index": "fetch.index", "serve": "serve.run"}
 ONLY_HERE = {
     "split": "data catalogue given extend out", "folds": "out", "train": "from_", "predict": "out root overwrite",
@@ -103,9 +103,9 @@ def test_options_are_the_parameters_of_the_function(command):
 
 def test_the_defaults_are_those_of_the_settings():
     from binvision.search.settings import SearchSettings
-    from binvision.train.settings import TrainSettings
+    from binvision.train.plan import Plan
 
-    for command, settings in (("train", TrainSettings()), ("search", SearchSettings())):
+    for command, settings in (("train", Plan()), ("search", SearchSettings())):
         for p in _click_command(command).params:
             if hasattr(settings, p.name): assert p.default == getattr(settings, p.name), (command, p.name)
 

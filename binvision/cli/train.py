@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/04_train.ipynb #f62141ff
+# %% ../../nbs/13_cli/04_train.ipynb #10fc257e
 import os
 import shutil
 import warnings
@@ -18,7 +18,7 @@ from .app import fail
 from .options import command
 from ..ground.core import UsageError, atomic_write
 from ..ground.settings import takes
-from ..train.settings import TrainSettings
+from ..train.plan import Plan
 
 # %% ../../nbs/13_cli/04_train.ipynb #a27ceeeb
 def _run_folder(out):
@@ -50,16 +50,16 @@ def _from_search(ctx:typer.Context, folder:Path|None):
     typer.echo(f"from {folder}: {shown}")
     return folder
 
-# %% ../../nbs/13_cli/04_train.ipynb #37cc2e40
+# %% ../../nbs/13_cli/04_train.ipynb #e3a86b00
 def _kept(out):
     "What an interrupted training leaves."
     if (out/"model").exists(): return f"the best epoch so far is kept in {out/'model'}; to go on, repeat the command with --resume"
-    if (out/"checkpoints/last.safetensors").exists(): return "the epochs so far are kept; to go on, repeat the command with --resume"
+    if any(out.rglob("checkpoints/last.safetensors")): return "the epochs so far are kept; to go on, repeat the command with --resume"
     return "no epoch was finished, so there is no model; to begin again, run the same command"
 
-# %% ../../nbs/13_cli/04_train.ipynb #2dcb46ba
+# %% ../../nbs/13_cli/04_train.ipynb #0b72d4a3
 @command
-@takes(TrainSettings)
+@takes(Plan)
 def _train(
     data:Annotated[Path, typer.Argument(envvar="SM_CHANNEL_TRAINING")], # data set folder
     manifest:Annotated[Path|None, typer.Argument()]=None, # manifest that binvision split wrote; None for DATA/manifest.csv
@@ -69,7 +69,7 @@ def _train(
     resume:bool=False, # continue a run that was killed; begin if there is none
     **kwargs,
 ):
-    "Train a model on a manifest. The epoch that is best on the valid part is kept."
+    "Train a model on a manifest, in one training or in several. The epoch that is best on the valid part is kept."
     out = _run_folder(out)
     from binvision.learner import train
 

@@ -51,13 +51,13 @@ def check_first(
     raise UsageError(f"{first}: trains on, or chooses with, {len(seen):,} bins that the manifest keeps back, or their relatives: {names}",
                      "make it from that manifest: binvision split DATA --extend MANIFEST --out FIRST")
 
-# %% ../../nbs/06_train/14_first.ipynb #d8e93cac
+# %% ../../nbs/06_train/14_first.ipynb #c64d3f28
 def without_seen(
     first:pd.DataFrame, # the manifest of a first training
     then:pd.DataFrame, # the manifest proper
 )->pd.DataFrame: # a manifest that check_first accepts
     "A first manifest without the bins that the other one keeps back, and without their relatives."
-    return as_manifest(first.drop(seen_before(first, then).index), "the first manifest")
+    return as_manifest(first[~first["id"].isin(seen_before(first, then)["id"])], "the first manifest")
 
 # %% ../../nbs/06_train/14_first.ipynb #8cd05162
 def _stages(plan, out):

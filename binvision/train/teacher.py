@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teacher_loss', 'Teacher', 'read_answers', 'ask_teacher', 'check_teacher', 'teacher_notes', 'train_with_teacher']
 
-# %% ../../nbs/06_train/13_teacher.ipynb #bc784a24
+# %% ../../nbs/06_train/13_teacher.ipynb #5a2aeac0
 import os
 import re
 import shutil
@@ -24,8 +24,9 @@ from ..ground.tables import read_csv, read_parquet, write_csv
 from ..model.bulk import predict_to
 from ..model.folder import read_card
 from ..split.manifest import manifest_images
+from .networks import build_model
 from .plan import Plan
-from .processes import join_processes
+from .processes import join_processes, usable_device
 from .settings import TrainSettings
 from .train import prepare_run, train
 
@@ -138,7 +139,7 @@ def _prepared(plan, run, overwrite):
     _check_complete(answers, run.rows, file)
     return Teacher(answers, plan.teacher_share, plan.teacher_temperature)
 
-# %% ../../nbs/06_train/13_teacher.ipynb #00772a46
+# %% ../../nbs/06_train/13_teacher.ipynb #89d1264f
 def train_with_teacher(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # a manifest that split wrote
@@ -155,7 +156,9 @@ def train_with_teacher(
     if plan.teacher is None: return train(data, manifest, out, overwrite, resume, cbs, notes, **settings)
     run = prepare_run(data, manifest, out, checked(TrainSettings, settings), notes)
     check_teacher(plan, run.rows)
-    old = run.found(overwrite, resume)
-    if old is None: run.clear()
-    if old != "finished": cbs = [_prepared(plan, run, overwrite), *(cbs or [])]
+    if (old := run.found(overwrite, resume)) != "finished":
+        usable_device(plan.device)
+        build_model(plan.arch, 2, None if old else settings["weights"])
+        if old is None: run.clear()
+        cbs = [_prepared(plan, run, overwrite), *(cbs or [])]
     return train(data, manifest, out, overwrite, resume, cbs, notes, **settings)
