@@ -40,9 +40,10 @@ def teacher_loss(
     target = log_softmax(p.clamp(min=1e-8).log() / temperature, -1)
     return kl_div(log_softmax(logits.float() / temperature, -1), target, reduction="batchmean", log_target=True) * temperature**2
 
-# %% ../../nbs/06_train/13_teacher.ipynb #1a9a232d
+# %% ../../nbs/06_train/13_teacher.ipynb #7f4c3c06
 class Teacher(Callback):
     "Mix the distance from a teacher's answers into the training loss."
+    run_valid, order = False, 14 # after mixed precision, before what is added to the loss
 
     def __init__(self, answers, share, temperature): self.answers, self.share, self.temperature = answers, share, temperature
 
@@ -51,7 +52,6 @@ class Teacher(Callback):
         self.p = torch.tensor(self.answers.loc[ids].to_numpy(np.float32), device=self.dls.device)
 
     def after_loss(self):
-        if not self.training: return
         dl = getattr(self.dl, "dl", self.dl)  # of several processes, each has a loader in its loader
         if dl.places is None: raise UsageError("a teacher needs pictures that are decoded once", "pass a folder for them: cache (--cache)")
         far = teacher_loss(self.pred, self.p[dl.places.to(self.p.device)], self.temperature)
