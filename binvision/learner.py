@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['train', 'bin_learner', 'predict', 'check']
 
-# %% ../nbs/learner.ipynb #0efae8b9
+# %% ../nbs/learner.ipynb #e950fff2
 import os
 from functools import wraps
 from pathlib import Path
 
 from .check.check import check
 from .check.fit import EVIDENCE, fit_check, save_evidence
+from .evaluate.repeat import train_plan
 from .ground.core import DataError, ModelError
 from .model.predict import predict
 from .train.learner import bin_learner
 from .train.processes import say
-from .train.train import train as train_network
 
 # %% ../nbs/learner.ipynb #dd324524
 _all_ = ["bin_learner", "train", "predict", "check"]
 
-# %% ../nbs/learner.ipynb #100c5320
+# %% ../nbs/learner.ipynb #ad80c2d5
 def _give_evidence(model, data, manifest, seed):
     "Put evidence into a new model folder where there are documents; say why if that is not possible."
     if not (Path(data)/"metadata").is_dir() or (model/EVIDENCE).exists() or int(os.environ.get("RANK", 0)): return
@@ -29,8 +29,8 @@ def _give_evidence(model, data, manifest, seed):
     except (DataError, ModelError) as e: say(f"no evidence for checks: {e.problem}")
 
 
-@wraps(train_network)
+@wraps(train_plan)
 def train(data, manifest, out, *args, **kwargs):
-    run = train_network(data, manifest, out, *args, **kwargs)
-    _give_evidence(run/"model", data, manifest, kwargs.get("seed", 0))
+    run = train_plan(data, manifest, out, *args, **kwargs)
+    if kwargs.get("folds") is None: _give_evidence(run/"model", data, manifest, kwargs.get("seed", 0))
     return run
