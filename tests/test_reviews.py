@@ -496,6 +496,31 @@ def test_a_study_of_two_simulated_raters(data, manifest, tmp_path):
     assert {f"recorded {c}" for c in bins["recorded"]} <= set(figures.index)
 
 
+def test_the_command_of_a_study_draws_it_and_ends_with_the_report(data, manifest, tmp_path, monkeypatch):
+    from binvision.review import server
+
+    place, asked = tmp_path / "study", []
+
+    def serve(check, by, host, port, token, overlap, store, *others):
+        asked.append(overlap)
+        if len(asked) == 2: judge_as_recorded(open_reviews(check), pd.read_parquet(place / "findings.parquet"))
+        raise KeyboardInterrupt
+
+    def judge_as_recorded(log, bins):
+        for id, count in zip(bins["id"], bins["recorded"]): log.append({"bin": id, "count": count, "by": "one"})
+
+    monkeypatch.setattr(server, "serve_reviews", serve)
+    assert "pass --data and --manifest" in run("review", place, "--study").output
+    (tmp_path / "check").mkdir()
+    pd.DataFrame({"id": ["1"], "image": "a.jpg", "recorded": 1, **dict.fromkeys(("likely", "low", "high"), 3), "p_wrong": .1}).to_parquet(tmp_path / "check/findings.parquet")
+    (tmp_path / "check/check.json").write_text("{}")
+    (tmp_path / "check/queue.csv").write_text("place,id,recorded,why\n1,1,1,risk\n")
+    assert "holds a check, and no study" in run("review", tmp_path / "check", "--study", "--data", data).output
+    first, second = run("review", place, "--study", "--data", data, "--manifest", manifest), run("review", place, "--study")
+    assert asked == [1, 1] and first.exit_code == second.exit_code == 130 and "accuracy" not in first.output
+    assert "accuracy 1.00 (1.00 to 1.00)" in second.output and "recorded 3" in second.output and "is kept" in second.output
+
+
 def test_the_sample_holds_each_count_in_proportion():
     rows = pd.DataFrame({"id": [f"{k:04d}" for k in range(1000)], "count": np.repeat([1, 2, 3, 4], [500, 300, 199, 1])})
     drawn = [stratified(rows, 10, seed) for seed in range(5)]

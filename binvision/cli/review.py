@@ -16,7 +16,7 @@ from .options import command
 from ..ground.core import UsageError
 from ..ground.settings import Share
 
-# %% ../../nbs/13_cli/10_review.ipynb #c7002885
+# %% ../../nbs/13_cli/10_review.ipynb #84e6e022
 def _verified(place, known):
     "Say whether the chain holds; a broken one ends with exit status 1."
     from binvision.review.reviews import verify
@@ -28,13 +28,29 @@ def _verified(place, known):
 
 def _studied(folder, data, manifest):
     "Draw the bins of a study, unless the folder holds them already."
+    from binvision.review.photos import open_bins
     from binvision.review.study import study
 
-    if (folder/"check.json").exists(): return
+    if (folder/"check.json").exists():
+        if open_bins(folder, data).study: return
+        raise UsageError(f"{folder}: holds a check, and no study", "pass another folder")
     if data is None or manifest is None: raise UsageError(f"{folder}: holds no study yet", "pass --data and --manifest, to draw one")
     typer.echo(f"study: {study(data, manifest, folder)}")
 
-# %% ../../nbs/13_cli/10_review.ipynb #d3cfe2e6
+
+def _reported(folder, store):
+    "Say what people saw in a study, if somebody counted anything."
+    from binvision.ground.core import DataError
+    from binvision.review.reviews import open_reviews
+    from binvision.review.study import study_report
+
+    log = open_reviews(folder if store is None else store)
+    try: report = study_report(folder, log.entries())
+    except DataError: return
+    finally: log.close()
+    typer.echo(f"{report.figures.to_string(float_format='{:.2f}'.format, na_rep='')}\n{report}")
+
+# %% ../../nbs/13_cli/10_review.ipynb #a3ea57d0
 @command
 def _review(
     check:Path, # folder that binvision check wrote; with --study, the folder of the study
@@ -55,5 +71,7 @@ def _review(
     if study: _studied(check, data, manifest)
     from binvision.review.server import serve_reviews
 
-    try: serve_reviews(check, by, host, port, token, overlap, store, data, not no_open, typer.echo)
+    try: serve_reviews(check, by, host, port, token, 1. if study else overlap, store, data, not no_open, typer.echo)
     except KeyboardInterrupt: raise KeyboardInterrupt("what the page called saved is kept; the same command goes on") from None
+    finally:
+        if study: _reported(check, store)
