@@ -38,6 +38,11 @@ def narrow(home, manifest):
     return home / "narrow.csv"
 
 
+def test_a_wrong_value_of_a_training_is_explained_in_a_plan_too():
+    with pytest.raises(UsageError, match="(?s)lr 20: .*learning rate"): checked(Plan, {"lr": 20})
+    with pytest.raises(UsageError, match="(?s)teacher_share 2: .*compares with the teacher"): checked(Plan, {"teacher_share": 2})
+
+
 def table(**ids):
     "A manifest from id=(count, group, part)."
     return pd.DataFrame([{"id": id, "count": c, "group": g, "part": p} for id, (c, g, p) in ids.items()])

@@ -23,11 +23,13 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from .core import UsageError
 from .machine import cores, most_workers
 
-# %% ../../nbs/00_ground/05_settings.ipynb #5dc51b8c
+# %% ../../nbs/00_ground/05_settings.ipynb #9ad88f0d
 def _complaint(source, first, name, where=""):
     "One of pydantic's complaints as a `UsageError`; `source` has the comments of the settings."
     message = first["msg"].removeprefix("Value error, ")
-    return UsageError(f"{where}{name} {short(first['input'])}: {message[0].lower()}{message[1:]}", docments(source).get(name) or "")
+    sources = [s for s in getattr(source, "__mro__", [source]) if s is not object]  # a dataclass has the comments of those it grew from, too
+    hint = next(filter(None, (docments(s).get(name) for s in sources)), "")
+    return UsageError(f"{where}{name} {short(first['input'])}: {message[0].lower()}{message[1:]}", hint)
 
 
 def _misspelt(cls, name, where):
