@@ -43,18 +43,19 @@ def _evaluate(
     say(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
     name_failures((f["file"], f["reason"]) for f in result["failed"])
 
-# %% ../../nbs/13_cli/05_model.ipynb #968359fa
+# %% ../../nbs/13_cli/05_model.ipynb #0af5f513
 @command
 def _ensemble(
     data:Path, # data set folder
     manifest:Path, # manifest that all models were trained on
-    models:list[Path], # model folders, two or more, trained on this manifest
+    models:list[Path], # model folders, two or more, trained on this manifest; one is enough with --mirror
     out:Path=Path("runs/ensemble"), # folder to make; the model is in OUT/model
+    mirror:bool=False, # look at the mirror image of each picture, too
 ):
     "Make one model of several: the mean of their answers, calibrated on the valid part."
     from binvision.evaluate.ensemble import ensemble
 
-    ensemble(data, manifest, models, out)
+    ensemble(data, manifest, models, out, mirror)
 
 # %% ../../nbs/13_cli/05_model.ipynb #8f6a37d4
 def _show_cost(made, model):
