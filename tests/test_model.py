@@ -80,7 +80,7 @@ def test_a_second_export_replaces_the_first(both, data, manifest, tmp_path):
     shutil.copytree(both, tmp_path / "m")
     run("export", tmp_path / "m", "--int8", data, manifest, "--n", 8, "--max-loss", 1, "--seed", 5)
     card = json.loads((tmp_path / "m/card.json").read_text())
-    assert card["int8"]["seed"] == 5 and load_model(tmp_path / "m").backend == "int8"
+    assert card["int8"]["seed"] == 5 and load_model(tmp_path / "m", "int8").backend == "int8"
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +131,35 @@ def test_an_export_without_a_format_or_a_model_is_refused(model, data, manifest,
     run("export", tmp_path, "--int8", data, manifest, status=2)
 
 
-def test_the_fastest_backend_unless_told(both, model, data):
-    picture = data / "bin-images/00001.jpg"
-    assert load_model(both).backend == "int8"
-    assert load_model(model).backend == load_model(both, "fp32").backend == "fp32"
+def test_the_fastest_backend_unless_told(both, model, data, monkeypatch):
+    "8 bits on processors that have instructions for them, 32 on others; the card stays as it is, and a backend that is named decides."
+    picture, before = data / "bin-images/00001.jpg", (both / "card.json").read_bytes()
     answer = lambda *options: json.loads(run("predict", both, picture, "--json", *options).stdout)["probabilities"]
     fp32, int8 = answer("--backend", "fp32"), answer("--backend", "int8")
-    assert fp32 != int8 and answer() == int8
+    for flags, expected, probabilities in ((["avx512_vnni", "amx_int8"], "int8", int8), ([], "fp32", fp32)):
+        monkeypatch.setattr("binvision.model.backends.int8_flags", lambda: flags)
+        opened = load_model(both)
+        assert (opened.backend, answer()) == (expected, probabilities) and fp32 != int8
+        assert ", ".join(flags) in opened.why if flags else "has no instructions" in opened.why
+        for backend in ("fp32", "int8"): assert load_model(both, backend).backend == backend
+        assert (load_model(model).backend, load_model(model).why) == ("fp32", "the model folder has no 8-bit network")
+    assert (both / "card.json").read_bytes() == before
     assert "binvision export" in run("predict", model, picture, "--backend", "int8", status=2).stderr
     assert "int4" in run("predict", model, picture, "--backend", "int4", status=2).stderr
     with pytest.raises(ModelError, match="cuda"): load_model(both, "cuda")
+
+
+@pytest.mark.parametrize("told, flags", [
+    ("model name\t: Xeon\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n", ["avx512_vnni", "amx_int8"]),
+    ("flags\t\t: fpu avx2 avx512f not_avx_vnni\n", []), ("Features\t: fp asimd asimddp i8mm\n", ["asimddp", "i8mm"]), ("", []), (None, [])])
+def test_the_processor_is_known_by_its_flags(told, flags, monkeypatch):
+    from binvision.ground import machine
+
+    def read(path):
+        if told is None: raise FileNotFoundError(path)
+        return told
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    assert machine.int8_flags() == machine.hardware()["int8"] == flags
 
 
 @pytest.mark.parametrize("backend", ["fp32", "int8"])

@@ -211,7 +211,7 @@ def test_health_model_and_metrics(http, opened):
     for path in ("/healthz", "/readyz", "/ping"):
         assert http.get(path).status_code == http.head(path).status_code == 200
     said = http.get("/model").json()
-    assert (said["card"], said["backend"]) == (opened.card, opened.backend)
+    assert (said["card"], said["backend"], said["why"]) == (opened.card, opened.backend, opened.why)
     assert said["id"].startswith(f"{opened.card['arch']}-")
     for path in ("/a", "/b/c", "/predict.php"): problem(http.get(path), 404, "no-such-path")
     assert http.get("/predict").headers["allow"] == "POST"

@@ -91,7 +91,7 @@ def answer_docs()->dict: # status → an OpenAPI response
     docs[503]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
     return docs | {200: {"model": Answers, "content": {"application/json": {"example": _SAID}}}}
 
-# %% ../../nbs/12_serve/09_app.ipynb #7de1bbcb
+# %% ../../nbs/12_serve/09_app.ipynb #b3898d2d
 def _work_routes(app, service):
     "The paths that do the work."
     tags, locked = ["predict"], [Depends(HTTPBearer(auto_error=False))] if service.settings.token else None
@@ -104,7 +104,7 @@ def _work_routes(app, service):
     @app.post("/invocations", summary="The same, under the name that SageMaker uses", **post)
     async def invocations(request: Request): return _json(await service.predict(request))
 
-    @app.get("/model", summary="The model: its id, its card, and the service's limits", **how)
+    @app.get("/model", summary="The model: id, card, what runs it and why, limits", **how)
     async def model(): return _json(_about(service))
 
 
@@ -112,7 +112,7 @@ def _about(service):
     "What `/model` says."
     model, shown = service.model, ("max_images", "max_bytes", "max_request", "max_pixels")
     limits = {name: getattr(service.settings, name) for name in shown}
-    return {"id": service.id, "backend": model.backend, "limits": limits, "card": model.card}
+    return {"id": service.id, "backend": model.backend, "why": model.why, "limits": limits, "card": model.card}
 
 # %% ../../nbs/12_serve/09_app.ipynb #0e85c514
 def _health_routes(app, service):
