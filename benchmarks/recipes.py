@@ -41,8 +41,8 @@ def arguments():
     return parser.parse_args(ours), options(rest)
 
 
-def options(rest):
-    "The options of `binvision train` as settings of its function."
+def options(rest, cls=None):
+    "The options of `binvision train` as settings of its function: those of TrainSettings, or of another dataclass."
     from typing import get_type_hints
 
     from typer.main import get_command
@@ -52,7 +52,7 @@ def options(rest):
     from binvision.train.settings import TrainSettings
 
     context = get_command(app).commands["train"].make_context("train", ["data", "manifest", "--out", "out", *rest])
-    kinds = get_type_hints(TrainSettings, include_extras=True)
+    kinds = get_type_hints(cls or TrainSettings, include_extras=True)
     given = {name for name in kinds if context.get_parameter_source(name).name == "COMMANDLINE"}
     return {name: value_of(name, kinds[name], context.params[name]) for name in kinds if name in given}
 

@@ -112,6 +112,20 @@ def test_ideas_together_are_settings_that_a_training_takes():
     for own in (*IDEAS.values(), made): checked(TrainSettings, own)
 
 
+def test_students_are_settings_that_a_plan_takes():
+    from distil import students
+    from recipes import options
+
+    from binvision.ground.settings import checked
+    from binvision.train.plan import Plan
+
+    made = students(["runs/a/model", "runs/b/out_of_fold.csv"], [.5, .9], [2., 4.])
+    assert list(made)[:2] == ["alone", "teacher A, share 0.5, temperature 2"] and len(made) == 9
+    given = options(["--arch", "resnet10t", "--weights", "none", "--first", "wide.csv", "--first-epochs", "3"], Plan)
+    assert given == {"arch": "resnet10t", "weights": None, "first": "wide.csv", "first_epochs": 3}
+    for own in made.values(): checked(Plan, given | own)
+
+
 def test_looks_at_wrong_records_bring_the_true_counts_back(data, manifest, tmp_path):
     from argparse import Namespace
 
