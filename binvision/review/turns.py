@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['share_of', 'Turns']
 
-# %% ../../nbs/10_review/03_turns.ipynb #d0278710
+# %% ../../nbs/10_review/03_turns.ipynb #e4276753
+import json
 import threading
 import time
 from collections import Counter
@@ -15,8 +16,8 @@ from heapq import heappop, heappush
 from fastcore.basics import patch
 
 from ..check.estimate import LastWords
-from ..ground.core import UsageError
-from .log import Log
+from ..ground.core import DataError, UsageError, atomic_write, read_file
+from .log import Log, ReviewFile
 
 # %% ../../nbs/10_review/03_turns.ipynb #4912304c
 def share_of(
@@ -25,7 +26,25 @@ def share_of(
     "A number that belongs to an id for ever; over many ids all numbers are equally likely."
     return int(sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16) / 2**32
 
-# %% ../../nbs/10_review/03_turns.ipynb #2be2ff1a
+# %% ../../nbs/10_review/03_turns.ipynb #65a5b7d8
+@patch
+def hold(self:ReviewFile,
+    by:str, # the person
+    bins:list[str], # ids
+    seconds:float, # how long
+)->list[str]: # ids
+    "Of some bins those that nobody else holds. The person holds them for a while, and no others."
+    path, now = self.path.with_name(".leases.json"), time.time()
+    with self._turn, self._alone():
+        try: held = {bin: (who, until) for bin, (who, until) in json.loads(read_file(path)).items()}
+        except (DataError, ValueError, TypeError, AttributeError): held = {} # none yet, or of no use
+        held = {bin: (who, until) for bin, (who, until) in held.items() if who != by and until > now}
+        free = [bin for bin in bins if bin not in held]
+        text = json.dumps(held | {bin: (by, now + seconds) for bin in free})
+        with atomic_write(path, "w", sync=False) as file: file.write(text)
+    return free
+
+# %% ../../nbs/10_review/03_turns.ipynb #e2edf7c1
 class Turns:
     "Who gets which bin of a queue next, for several threads. Raises `UsageError` for an impossible share or time."
     def __init__(self,
@@ -42,8 +61,9 @@ class Turns:
         self._everybodys = set(self._shared)
         self._free = [k for k in range(len(self.queue)) if k not in self._everybodys]
         self._own, self._held, self._asked = {}, {}, {} # by person: free shared places; in hand; time of asking
+        self._away = [] # times when places that another server gave away are asked for again, and the places
         self._words, self._read, self._judged = LastWords(), 0, Counter() # judged: how many people, by id
-        self._open, self._done = len(self._free), Counter() # open places, without shared ones; shared ones done, by person
+        self._open, self._done = len(self._free), Counter() # open places, not shared; shared ones done, by person
         self._turn = threading.RLock()
 
     def __repr__(self): return f"Turns: {len(self.queue):,} bins, {len(self._shared):,} of them for everybody"
@@ -97,7 +117,7 @@ def _take(self:Turns, by):
         k = heappop(own if not self._free or own and own[0] < self._free[0] else self._free)
         if self._is_open(k, by): return k
 
-# %% ../../nbs/10_review/03_turns.ipynb #aae918c0
+# %% ../../nbs/10_review/03_turns.ipynb #919beda9
 @patch
 def release(self:Turns,
     by:str, # the person
@@ -106,8 +126,22 @@ def release(self:Turns,
     with self._turn:
         self._asked.pop(by, None)
         for k in self._held.pop(by, []): self._free_again(k, by)
+        self.reviews.hold(by, [], self.lease_seconds)
 
 
+@patch
+def _claim(self:Turns, by, now):
+    "Let the log know what a person has in hand; whether it is all theirs. What is not is asked for again later."
+    held = self._held[by]
+    own = {k: self.queue[k] for k in held if k not in self._everybodys}
+    granted = set(self.reviews.hold(by, list(own.values()), self.lease_seconds))
+    lost = [k for k, id in own.items() if id not in granted]
+    for k in lost:
+        held.remove(k)
+        heappush(self._away, (now + self.lease_seconds, k))
+    return not lost
+
+# %% ../../nbs/10_review/03_turns.ipynb #6caff0c6
 @patch
 def next(self:Turns,
     by:str, # the person
@@ -118,12 +152,13 @@ def next(self:Turns,
         self._catch_up()
         now = time.monotonic()
         for gone in [who for who, when in self._asked.items() if now - when > self.lease_seconds]: self.release(gone)
-        self._asked[by] = now
-        held = self._held.pop(by, [])
+        while self._away and self._away[0][0] <= now: heappush(self._free, heappop(self._away)[1])
+        self._asked[by], held = now, self._held.pop(by, [])
         held = [k for k in dict.fromkeys(held) if self._is_open(k, by)]
         self._held[by] = held
-        while len(held) < n and (k := self._take(by)) is not None: held.append(k)
-        return [self.queue[k] for k in held[:n]]
+        while True:
+            while len(held) < n and (k := self._take(by)) is not None: held.append(k)
+            if self._claim(by, now): return [self.queue[k] for k in held[:n]]
 
 # %% ../../nbs/10_review/03_turns.ipynb #de4772b7
 @patch
