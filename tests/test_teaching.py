@@ -145,8 +145,8 @@ def test_a_pair_that_is_told_apart_costs_less():
 
 def test_what_cannot_be_had_is_refused_before_it_costs_anything(tmp_path, data, manifest):
     for wrong, why in ((dict(teach="kinds", cache=False), "decoded once"), (dict(pairs=1., balanced=True), "one order"), (dict(teach="colour"), "kinds, volume"),
-                       (dict(drop_path=.2, arch="resnet18"), "torchvision's resnet18"), (dict(drop_path=1.), "drop_path"), (dict(body_lr=0.), "body_lr"),
-                       (dict(precision="fp8"), "precision"), (dict(soft_share=.5), "soft_share"), (dict(teach=""), "lesson")):
+                       (dict(drop_path=.2, arch="resnet18"), "drop_path 0.2: resnet18"), (dict(drop_path=1.), "drop_path"), (dict(body_lr=0.), "body_lr"),
+                       (dict(precision="fp8"), "precision"), (dict(soft_share=.5), "soft_share"), (dict(teach=""), "lesson"), (dict(teach=[]), "lesson")):
         with pytest.raises(UsageError, match=why): train(data, manifest, tmp_path / "run", **BASE | dict(workers=0) | wrong)
     for folder in ("bin-images",): (tmp_path / "bins").mkdir(); (tmp_path / "bins" / folder).symlink_to(data / folder)
     with pytest.raises(DataError, match="teach: no bin"): train(tmp_path / "bins", manifest, tmp_path / "run", **BASE, teach="kinds")

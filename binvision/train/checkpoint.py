@@ -93,7 +93,7 @@ def _optimizer_state(opt):
     hypers = [{k: v if isinstance(v, bool) else float(v) for k, v in h.items()} for h in opt.hypers]
     return tensors, {"plain": plain, "hypers": hypers}
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #73b8bfcf
+# %% ../../nbs/06_train/08_checkpoint.ipynb #aadfe114
 def _set_optimizer_state(opt, tensors, state):
     "Put back what `_optimizer_state` gave."
     entries = [dict(entry) for entry in state["plain"]]
@@ -104,7 +104,7 @@ def _set_optimizer_state(opt, tensors, state):
         like = places[int(n)]
         same = like.shape == tensor.shape  # then in the same memory format, too
         entries[int(n)][key] = torch.empty_like(like).copy_(tensor) if same else tensor.to(like.device)
-    known = len(state["hypers"]) == len(opt.hypers)  # some networks had fewer groups of layers once; the schedule sets the rates
+    known = len(state["hypers"]) == len(opt.hypers)  # older runs may have fewer groups; the schedule sets their rates
     opt.load_state_dict({"state": entries, "hypers": state["hypers"] if known else opt.hypers})
 
 # %% ../../nbs/06_train/08_checkpoint.ipynb #0ca64529
@@ -212,9 +212,9 @@ def restore(
     log.write()
     return Resume(tensors, state)
 
-# %% ../../nbs/06_train/08_checkpoint.ipynb #32247564
-_MAY_CHANGE = {"data", "manifest", "catalogue", "corrections", "first", "teacher", "workers", "device", "cache", "compile", "hardware",
-               "interrupted", "versions"}
+# %% ../../nbs/06_train/08_checkpoint.ipynb #9a6c609d
+_MAY_CHANGE = {"data", "manifest", "catalogue", "corrections", "first", "teacher", "workers", "device", "cache", "compile",
+               "hardware", "interrupted", "versions"}
 
 
 def changed_settings(
@@ -223,7 +223,7 @@ def changed_settings(
 )->list: # triples of a name, its old value and its new one
     "The settings that differ, of those that have to stay the same."
     new = json.loads(json.dumps(new))
-    old = {f.name: f.default for f in fields(TrainSettings) if f.name in new} | old  # defaults for settings newer than the run
+    old = {f.name: f.default for f in fields(TrainSettings) if f.name in new} | old  # newer than the run
     given = ({"lr"} if new["lr"] is None else set()) | ({"weights"} if "first" in new else set())
     names = sorted((set(old) | set(new)) - _MAY_CHANGE - given)
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]

@@ -57,7 +57,7 @@ def _mixed(learn, precision):
     if torch.device(learn.dls.device).type != "cuda" or kind == "fp32": return learn
     return learn.to_bf16() if kind == "bf16" else learn.to_fp16()
 
-# %% ../../nbs/06_train/09_learner.ipynb #00736f9e
+# %% ../../nbs/06_train/09_learner.ipynb #4680c933
 def bin_learner(
     dls:DataLoaders, # from bin_dataloaders
     arch:str=TrainSettings.arch, # a torchvision or timm architecture
@@ -72,9 +72,9 @@ def bin_learner(
     pairs:float=TrainSettings.pairs, # weight of a loss on the difference between two photos of one bin
     **kwargs, # passed to fastai's Learner
 )->Learner: # frozen except for the head if the weights are pretrained
-    "A fastai `Learner` that counts items. Raises `ModelError` or `UsageError` for a network or recipe that cannot be had."
-    n, extra = len(dls.vocab), record_callbacks(dls, lessons, teach_weight, pairs)
-    learn = Learner(dls, _network(dls, arch, weights, drop_path, precision, lessons), loss_func=count_loss(loss, n, soft_share),
+    "A fastai `Learner` that counts items. Raises `ModelError` or `UsageError` for what cannot be had."
+    extra, loss_func = record_callbacks(dls, lessons, teach_weight, pairs), count_loss(loss, len(dls.vocab), soft_share)
+    learn = Learner(dls, _network(dls, arch, weights, drop_path, precision, lessons), loss_func=loss_func,
                     splitter=layer_groups, path=path, model_dir="checkpoints", metrics=[accuracy, mae(list(dls.vocab))],
                     cbs=[ChannelsLast(), *extra], **kwargs)
     learn.arch, learn.weights = arch, weights
@@ -82,7 +82,7 @@ def bin_learner(
     if weights is not None: learn.freeze()
     return learn
 
-# %% ../../nbs/06_train/09_learner.ipynb #d923f407
+# %% ../../nbs/06_train/09_learner.ipynb #83c63ef3
 def configured_learner(
     data:str|os.PathLike, # the data set folder
     manifest:pd.DataFrame, # its train and valid parts are used
@@ -92,12 +92,13 @@ def configured_learner(
 )->Learner:
     "The learner that settings describe. Raises the errors of `bin_dataloaders`, `record_lessons` and `bin_learner`."
     s, lessons = settings, None
-    dls = bin_dataloaders(data, manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment, s.workers, s.device, s.cache, s.balanced)
+    dls = bin_dataloaders(data, manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment, s.workers, s.device,
+                          s.cache, s.balanced)
     if s.teach is not None:
         cat = catalogue(data, images=False) if s.catalogue is None else as_catalogue(s.catalogue)
         lessons = record_lessons(cat, manifest[manifest["part"] == "train"], s.teach.split(","))
-    learn = bin_learner(dls, s.arch, None if resumed else s.weights, path, s.loss, s.soft_share, s.drop_path, s.precision,
-                        lessons, s.teach_weight, s.pairs, wd=s.weight_decay)
+    learn = bin_learner(dls, s.arch, None if resumed else s.weights, path, s.loss, s.soft_share, s.drop_path,
+                        s.precision, lessons, s.teach_weight, s.pairs, wd=s.weight_decay)
     learn.weights = s.weights
     return learn
 
@@ -131,13 +132,14 @@ def suggest_lr(
     ax.legend()
     return lr, ax.figure
 
-# %% ../../nbs/06_train/09_learner.ipynb #9d18ff48
+# %% ../../nbs/06_train/09_learner.ipynb #a03ced6e
 def _phases(learn, lr, epochs, frozen_epochs, depth, body_lr=TrainSettings.body_lr):
     "Name, first trained group of layers, epochs and learning rates of each phase."
     pretrained, n = learn.weights is not None, len(learn.splitter(learn.model))
     phases = []
     if frozen_epochs and pretrained: phases.append(("frozen", n - 1, frozen_epochs, lr))
-    if epochs: phases.append(("all layers", max(0, n - depth), epochs, slice(lr/2 * body_lr, lr/2) if pretrained else lr))
+    rates = slice(lr/2 * body_lr, lr/2) if pretrained else lr
+    if epochs: phases.append(("all layers", max(0, n - depth), epochs, rates))
     return phases
 
 # %% ../../nbs/06_train/09_learner.ipynb #b4689122

@@ -190,24 +190,25 @@ def _continued(folder, arch, n_out):
     model[1][-1] = nn.Linear(last.in_features, n_out, bias=last.bias is not None)
     return model
 
-# %% ../../nbs/06_train/04_networks.ipynb #7c4f194d
+# %% ../../nbs/06_train/04_networks.ipynb #fb2ab608
 def _drop_blocks(model, arch, rate):
     "The same network, whose last block is left out at this rate while it trains, and the earlier ones less often."
     hint = "choose a network that only timm has, such as resnet10t or tf_efficientnet_lite0, or drop_path 0"
-    if _from_torchvision(arch): raise UsageError(f"drop_path {rate}: torchvision's {arch} cannot leave blocks out", hint)
+    cannot = UsageError(f"drop_path {rate}: {arch} cannot leave blocks out", hint)
+    if _from_torchvision(arch): raise cannot
     try: deep = bare_network(arch, model[1][-1].out_features, drop_path_rate=rate)
-    except TypeError as e: raise UsageError(f"drop_path {rate}: {arch} cannot leave blocks out", hint) from e
+    except TypeError as e: raise cannot from e
     deep.load_state_dict(model.state_dict())
     return deep
 
-# %% ../../nbs/06_train/04_networks.ipynb #dc57699f
+# %% ../../nbs/06_train/04_networks.ipynb #bfa0272d
 def build_model(
     arch:str, # a torchvision or timm architecture, such as resnet50
     n_out:int, # how many counts there are
     weights:str|os.PathLike|None="imagenet", # imagenet, a weights file, a model folder, or None for random ones
     drop_path:float=0., # how often the last block is left out while it trains; 0 is never
 )->nn.Sequential: # body and head; from n × 3 × size × size to n × n_out logits
-    "A network for counting. Raises `ModelError` for an unknown architecture or unfit weights, `UsageError` for drop_path."
+    "A network for counting. Raises `ModelError` for an unknown one or unfit weights, `UsageError` for drop_path."
     model = _continued(weights, arch, n_out) if _is_model(weights) else bare_network(arch, n_out, weights)
     return near_zero_head(_drop_blocks(model, arch, drop_path) if drop_path else model)
 

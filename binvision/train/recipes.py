@@ -158,7 +158,7 @@ class _OfPlaces(Callback):
         places = getattr(self.dl, "dl", self.dl).places  # of several processes, each has a loader in its loader
         self.learn.loss_grad = self.loss_grad + self.weight * self.extra(places)
 
-# %% ../../nbs/06_train/05_recipes.ipynb #0aa96581
+# %% ../../nbs/06_train/05_recipes.ipynb #1207cfe2
 class Teach(_OfPlaces):
     "Add to the loss of training what the lessons cost."
     def __init__(self, lessons, weight): self.lessons, self.weight = lessons, weight
@@ -169,7 +169,8 @@ class Teach(_OfPlaces):
     def extra(self, places):
         model = get_model(self.model)
         said, model.said = model.said, None
-        return sum(lesson_loss(name, answer, self.targets[name][places.to(answer.device)]) for name, answer in said.items())
+        targets = {name: target[places.to(target.device)] for name, target in self.targets.items()}
+        return sum(lesson_loss(name, answer, targets[name]) for name, answer in said.items())
 
 # %% ../../nbs/06_train/05_recipes.ipynb #61d580df
 class Pairs(_OfPlaces):
@@ -185,7 +186,7 @@ class Pairs(_OfPlaces):
         each = smooth_l1_loss(expected.diff(), self.counts[self.y.long()].diff(), reduction="none")
         return (each * pair).sum() / pair.sum().clamp(min=1)
 
-# %% ../../nbs/06_train/05_recipes.ipynb #69abfbdd
+# %% ../../nbs/06_train/05_recipes.ipynb #55f7bd35
 def record_callbacks(
     dls:DataLoaders, # from bin_dataloaders; with pairs, the order of training changes
     lessons:dict|None=None, # from record_lessons, in the order of the train part
@@ -197,7 +198,8 @@ def record_callbacks(
     if dls.train.pixels is None:
         raise UsageError(f"teach and pairs need pictures that are decoded once, and these are {dls.pictures}",
                          "pass a folder for them: cache (--cache)")
-    if pairs and dls.train.balance is not None: raise UsageError("pairs and balanced: an epoch has one order", "choose one of them")
+    if pairs and dls.train.balance is not None:
+        raise UsageError("pairs and balanced: an epoch has one order", "choose one of them")
     dls.train.paired = pairs > 0
     cbs = [Teach(lessons, teach_weight)] if lessons else []
     return cbs + ([Pairs(dls.train.ranks, list(dls.vocab), pairs)] if pairs else [])

@@ -25,22 +25,22 @@ Three = tuple[Number, Number, Number]
 Resize = Literal["squash", "pad"]
 Loss = Literal["cross_entropy", "soft", "ordinal"]
 
-# %% ../../nbs/06_train/00_settings.ipynb #b34f00b3
+# %% ../../nbs/06_train/00_settings.ipynb #deffd883
 LESSONS = ("kinds", "volume", "weight", "words") # what a record teaches besides the count
 
 
 def _lessons(value):
     "Names of lessons as one text, each once; a `ValueError` for a name that is none."
-    names = value.split(",") if isinstance(value, str) else value
+    names = value.split(",") if isinstance(value, str) else list(value) or [""]
     names = list(dict.fromkeys(str(name).strip() for name in names))
     wrong = [name for name in names if name not in LESSONS]
-    if wrong or not names: raise ValueError(f"{wrong[0] if wrong else 'nothing'} is no lesson; the lessons are {', '.join(LESSONS)}")
+    if wrong: raise ValueError(f"{wrong[0] or 'nothing'} is no lesson; the lessons are {', '.join(LESSONS)}")
     return ",".join(names)
 
 
 Lessons = Annotated[str, BeforeValidator(_lessons)]
 
-# %% ../../nbs/06_train/00_settings.ipynb #3817e892
+# %% ../../nbs/06_train/00_settings.ipynb #6e5c518e
 @dataclass
 class TrainSettings:
     "How a model is trained."
@@ -62,17 +62,17 @@ class TrainSettings:
     device:Any=None # a torch device, such as cpu or cuda:1; None for CUDA if available
     weight_decay:Decay|None=None # of the optimizer; None for fastai's 0.01
     depth:Literal[1, 2, 3]=3 # groups of layers to train after the frozen epochs: 1 the head, 2 and the late body, 3 all
-    body_lr:Annotated[float, Field(gt=0, le=1)]=.01 # after the frozen epochs, the early body's learning rate as a share of the head's; 1 is the same rate
-    drop_path:Annotated[float, Field(ge=0, lt=1)]=0. # how often a training leaves out the last block of the body; 0 is never
+    body_lr:Annotated[float, Field(gt=0, le=1)]=.01 # learning rate of the early body, as a share of the head's
+    drop_path:Annotated[float, Field(ge=0, lt=1)]=0. # how often training leaves out the body's last block; 0 is never
     loss:Loss="cross_entropy" # cross_entropy, soft or ordinal; the last two know that counts have an order
     soft_share:Annotated[float, Field(gt=0, lt=.5)]=.1 # of a label, what the soft loss gives to each neighbouring count
     ema:Annotated[float, Field(ge=0, lt=1)]=0. # decay of averaged weights; 0 is none
     balanced:bool=False # draw each count equally often
-    teach:Lessons|None=None # what else the record teaches: kinds, volume, weight, words, or several with commas; None for nothing
+    teach:Lessons|None=None # what else the record teaches: kinds, volume, weight, words, with commas; None for nothing
     teach_weight:Annotated[float, Field(gt=0, le=100)]=.3 # of these lessons in the loss
     catalogue:str|Path|None=None # a catalogue of the data set, for teach; None for the documents themselves
-    pairs:Annotated[float, Field(ge=0, le=100)]=0. # weight of a loss on the difference between two photos of one bin; 0 is none
-    precision:Literal["auto", "fp32", "bf16"]="auto" # fp32, or bf16, which some processors train faster with; auto takes bf16 or fp16 on CUDA, else fp32
+    pairs:Annotated[float, Field(ge=0, le=100)]=0. # weight of a loss on how two photos of a bin differ; 0 is none
+    precision:Literal["auto", "fp32", "bf16"]="auto" # fp32 or bf16; auto takes bf16 or fp16 on CUDA, else fp32
     cache:str|Path|bool|None=None # a folder for decoded pictures; None for memory, if they fit; False (none on a command line) for no cache
     compile:bool=False # compile the network with torch.compile, on CUDA only
     corrections:str|Path|None=None # a CSV file, id and count, to believe for train bins; an empty count leaves a bin out
