@@ -77,7 +77,7 @@ def _storage_errors(shown):
                          'pip install "psycopg[binary]" for PostgreSQL, pymysql for MySQL') from e
     except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError) as e:
         raise UsageError(f"{shown}: not the URL of a database",
-                         "pass for example postgresql://user@host/name, or omit --storage") from e
+                         "pass for example postgresql://user@host/name, or leave it out") from e
     except (sqlalchemy.exc.SQLAlchemyError, OptunaError, RuntimeError, OSError) as e:
         reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:160]
         raise UsageError(f"{shown}: the database cannot be used ({reason})",
