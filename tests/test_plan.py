@@ -117,13 +117,13 @@ def test_a_command_of_several_seeds_is_killed_and_goes_on(tmp_path, data, manife
     with pytest.raises(UsageError, match="(?s)broken: holds trainings.*--resume"): train(data, manifest, tmp_path / "broken", repeat=2, **TINY)
     capfd.readouterr()
     again = train(data, manifest, tmp_path / "broken", repeat=2, resume=True, **TINY)
-    assert "seed-0: is finished" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "seed-0: is finished" in said and "no evidence for checks" in said  # the front door tries to give the average evidence
     assert (again / "seed-0/model/card.json").stat().st_mtime_ns == stamp
     whole = train_plan(data, manifest, tmp_path / "whole", repeat=2, **TINY)
     same_weights(whole, again)
     card = json.loads((again / "model/card.json").read_text())
     assert card["members"] == ["test_resnet"] * 2 and card["metrics"]["valid"]["n"] == (read_manifest(manifest)["part"] == "valid").sum()
-    assert (again / "model/check.safetensors").exists() or "plausible" in card  # the front door gives evidence to the average
 
 
 def test_folds_give_answers_that_teach(tmp_path, data, narrow, manifest, capfd):
@@ -133,7 +133,7 @@ def test_folds_give_answers_that_teach(tmp_path, data, narrow, manifest, capfd):
     from binvision.model.predict import predict
     from binvision.split.folds import folds, write_folds
 
-    write_folds(folds(narrow, k=2, seed=0), tmp_path / "folds")
+    write_folds(folds(narrow, k=2, valid=.3, seed=0), tmp_path / "folds")
     run = train(data, narrow, tmp_path / "run", **TINY | {"epochs": 1}, folds=tmp_path / "folds", first=manifest, first_epochs=1, first_lr=.01)
     rows, answers = read_manifest(narrow), pd.read_csv(run / "out_of_fold.csv", dtype={"id": str})
     assert list(answers["id"]) == list(rows["id"][rows["part"] != "test"]) and list(answers)[:3] == ["id", "count", "fold"]
