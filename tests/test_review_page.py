@@ -11,15 +11,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from binvision.check.queue import queue
+from binvision.cli.main import app as commands
+from binvision.ground.core import DataError
 from binvision.ground.web import running
 from binvision.review.desk import Desk
 from binvision.review.photos import open_bins
 from binvision.review.reviews import open_reviews
 from binvision.review.server import page_part, review_app
+from binvision.review.study import study
 
 from test_page import FLAGS, PROGRAM
 
@@ -171,7 +176,7 @@ def test_moving_never_judges_and_the_model_shows_only_when_asked_or_afterwards(v
     assert opinion.is_hidden()
     page.evaluate("window.old = document.querySelector('h2').textContent")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.querySelector('.about h2').textContent != window.old")
+    page.wait_for_function("() => document.querySelector('.about h2').textContent != window.old")
     ready(page, saved=True)
     assert [line["shown"] for line in lines(check)] == [False, True]
 
@@ -212,7 +217,7 @@ def test_zoom_and_brightness_by_keys_wheel_and_pointer(visit, served):
     box = page.locator(".photos").bounding_box()
     page.mouse.move(box["x"] + 100, box["y"] + 100)
     page.mouse.wheel(0, -400)
-    page.wait_for_function("new DOMMatrix(getComputedStyle(document.querySelector('.own img')).transform).a > 2")
+    page.wait_for_function("() => new DOMMatrix(getComputedStyle(document.querySelector('.own img')).transform).a > 2")
     before = place()
     page.keyboard.press("Shift+ArrowRight")
     assert place() == pytest.approx(before - 60)
@@ -387,7 +392,7 @@ for line in sys.stdin:  # a line asks for a server
 
 
 def test_what_the_page_called_saved_survives_twenty_kills_of_the_server(visit, tmp_path, photos):
-    check, port, saved, pressed = make_check(tmp_path, photos, n=600, documents=False), free_port(), set(), 0
+    check, port, saved = make_check(tmp_path, photos, n=600, documents=False), free_port(), set()
     servers = subprocess.Popen([sys.executable, "-c", FORKS, check, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start():
@@ -424,3 +429,109 @@ def test_what_the_page_called_saved_survives_twenty_kills_of_the_server(visit, t
     bins = Counter(line["bin"] for line in lines(check))
     assert max(bins.values()) == 1 and page.locator(".pace").inner_text().startswith(f"{len(keys)} judged by you")
     print(f"{len(keys)} judgements, {len(saved)} of them acknowledged while servers were killed 20 times")
+
+
+# The command
+
+PROGRAM_CODE = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
+
+
+@pytest.mark.parametrize("stop, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_command_serves_until_it_is_stopped_and_keeps_what_was_said(check, stop, status):
+    process = subprocess.Popen([*PROGRAM_CODE, "review", str(check), "--by", "anna", "--port", "0", "--no-open"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url, _, rest = re.search(r"open (\S+/)(#(.*))", process.stdout.readline()).groups()
+    assert rest == "by=anna" and url.startswith("http://127.0.0.1:")
+    first = httpx.post(url + "ask", json={"what": "open", "by": "anna"}, trust_env=False).json()["next"][0]["id"]
+    assert httpx.post(url + "ask", json={"what": "judge", "by": "anna", "bin": first, "count": 999, "key": "k"}, trust_env=False).json()["sequence"] == 1
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status and "Traceback" not in err, err
+    assert lines(check)[0]["count"] == 999
+    assert "1 lines, unbroken" in CliRunner().invoke(commands, ["review", str(check), "--verify"]).stdout
+
+
+def test_a_team_gets_a_token_and_this_machine_needs_none(check):
+    env = os.environ | {"BINVISION_TOKEN": TOKEN}
+    process = subprocess.Popen([*PROGRAM_CODE, "review", str(check), "--host", "0.0.0.0", "--port", "0", "--no-open"], stdout=subprocess.PIPE, text=True, env=env)
+    port = re.search(r":(\d+)/#token=" + TOKEN, process.stdout.readline())[1]
+    ask = lambda token: httpx.post(f"http://127.0.0.1:{port}/ask", json={"what": "open", "by": "ben"}, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+    assert [ask(token).status_code for token in ("other", "wrong", TOKEN)] == [401, 401, 200]
+    process.terminate()
+    assert process.wait(30) == 0
+    process.stdout.close()
+
+
+def test_folders_that_do_not_fit_are_refused_with_their_mend(check, tmp_path):
+    def refused(*args):
+        result = CliRunner().invoke(commands, ["review", *map(str, args)])
+        assert result.exit_code == 2, result.output
+        return result.stderr
+
+    assert "not the folder of a check" in refused(tmp_path) and "nowhere: no folder" in refused(tmp_path / "nowhere")
+    about = json.loads((check / "check.json").read_text())
+    (check / "check.json").write_text(json.dumps(about | {"data": "../moved"}))
+    assert "../moved" in refused(check) and "--data" in refused(check)
+    (check / "check.json").write_text(json.dumps({"model": "x"}))
+    assert "does not say where the photos are" in refused(check)
+    (check / "check.json").write_text("[]")
+    assert "not an object" in refused(check)
+    (check / "check.json").write_text(json.dumps(about))
+    found = pd.read_parquet(check / "findings.parquet")
+    found.iloc[5:].to_parquet(check / "findings.parquet")
+    assert "belong to different checks" in refused(check)
+
+
+def test_reviews_of_another_model_are_told_and_count_all_the_same(check):
+    log = open_reviews(check)
+    log.append({"bin": "00010", "count": 3, "by": "anna", "findings": "0" * 64, "model": "another"})
+    desk = Desk(open_bins(check), log)
+    assert desk.notes() == ["1 judgements belong to other findings of these bins; they count all the same"]
+    assert desk.open("anna")["left"] == 39
+
+
+def test_a_full_disk_is_told_and_the_page_asks_again(visit, served, check, monkeypatch):
+    url, desk = served
+    page = visit(f"{url}/#by=anna")
+    ready(page)
+    full = [True]
+    keep = desk.log.append
+
+    def append(entry):
+        if full: raise DataError("reviews.jsonl: the review is not saved (No space left on device)", "free some space")
+        return keep(entry)
+
+    monkeypatch.setattr(desk.log, "append", append, raising=False)
+    judge(page, "3")
+    expect(page.locator(".saved")).to_contain_text("1 not saved: reviews.jsonl: the review is not saved (No space left on device)")
+    full.clear()
+    ready(page, saved=True)
+    assert len(lines(check)) == 1
+
+
+def test_a_study_shows_neither_record_nor_model(visit, tmp_path, data, manifest):
+    folder = study(data, manifest, tmp_path / "study", n=8)
+    desk = Desk(open_bins(folder), open_reviews(folder))
+    sent = json.dumps(desk.open("anna"))
+    assert desk.bins.study and '"recorded": null' in sent and "asin" not in sent and desk.answer({"what": "model", "by": "anna", "bin": desk.ids[0]}) == {"model": None}
+    with running(review_app(desk)) as url:
+        page = visit(f"{url}/#by=anna")
+        ready(page)
+        assert page.locator(".record").inner_text() == "" and page.get_by_role("button", name="Model").is_hidden()
+        for key in ("m", "2", "3", "ArrowLeft"):
+            page.keyboard.press(key)
+            assert page.locator(".opinion").is_hidden()
+        ready(page, saved=True)
+    assert len(lines(folder)) == 2 and page.locator(".last").inner_text() == ""
+
+
+@pytest.mark.parametrize("sent, status", [(b"[" * 3000, 400), (b'{"what": "judge", "by": "a"}', 404), (b'{"what": "open"}', 422), (b'{"what": "open", "by": "a\\u202eb"}', 422), (b"x" * 20_000, 413),
+                                          (b'{"what": "judge", "by": "a", "bin": "00010", "count": true}', 422), (b'{"what": "judge", "by": "a", "bin": "00010", "count": 3, "seconds": -1}', 422),
+                                          (b'{"what": "judge", "by": "a", "bin": "00010", "count": 3, "verdict": "skip", "key": 7}', 422), (b'{"what": "undo", "by": "a", "undo": [1]}', 409)])
+def test_strange_messages_are_refused_and_nothing_is_kept(served, check, sent, status):
+    reply = httpx.post(f"{served[0]}/ask", content=sent, headers={"Content-Type": "application/json"}, trust_env=False)
+    assert reply.status_code == status and reply.json()["detail"] and not (check / "reviews.jsonl").exists()
+
+
+def test_another_site_cannot_reach_the_page_of_this_machine(served):
+    for headers in ({"Host": "evil.example"}, {"Host": "evil.example", "Content-Type": "application/json"}): assert httpx.get(served[0], headers=headers, trust_env=False).status_code == 403
+    assert httpx.post(f"{served[0]}/ask", content=b"{}", headers={"Content-Type": "text/plain"}, trust_env=False).status_code == 415
