@@ -16,7 +16,7 @@ from .options import command
 from ..ground.core import UsageError
 from ..ground.settings import Share
 
-# %% ../../nbs/13_cli/10_review.ipynb #84e6e022
+# %% ../../nbs/13_cli/10_review.ipynb #93c797cb
 def _verified(place, known):
     "Say whether the chain holds; a broken one ends with exit status 1."
     from binvision.review.reviews import verify
@@ -37,7 +37,7 @@ def _studied(folder, data, manifest):
     if data is None or manifest is None: raise UsageError(f"{folder}: holds no study yet", "pass --data and --manifest, to draw one")
     typer.echo(f"study: {study(data, manifest, folder)}")
 
-
+# %% ../../nbs/13_cli/10_review.ipynb #2cc89822
 def _reported(folder, store):
     "Say what people saw in a study, if somebody counted anything."
     from binvision.ground.core import DataError
