@@ -16,7 +16,7 @@ from .options import command
 from ..ground.core import UsageError
 from ..ground.settings import Share
 
-# %% ../../nbs/13_cli/10_review.ipynb #93c797cb
+# %% ../../nbs/13_cli/10_review.ipynb #bacd021b
 def _verified(place, known):
     "Say whether the chain holds; a broken one ends with exit status 1."
     from binvision.review.reviews import verify
@@ -25,7 +25,7 @@ def _verified(place, known):
     typer.echo(str(found))
     if found.broken is not None: raise typer.Exit(1)
 
-
+# %% ../../nbs/13_cli/10_review.ipynb #b4d5d753
 def _studied(folder, data, manifest):
     "Draw the bins of a study, unless the folder holds them already."
     from binvision.review.photos import open_bins
@@ -34,10 +34,11 @@ def _studied(folder, data, manifest):
     if (folder/"check.json").exists():
         if open_bins(folder, data).study: return
         raise UsageError(f"{folder}: holds a check, and no study", "pass another folder")
-    if data is None or manifest is None: raise UsageError(f"{folder}: holds no study yet", "pass --data and --manifest, to draw one")
+    if data is None or manifest is None:
+        raise UsageError(f"{folder}: holds no study yet", "pass --data and --manifest, to draw one")
     typer.echo(f"study: {study(data, manifest, folder)}")
 
-# %% ../../nbs/13_cli/10_review.ipynb #2cc89822
+
 def _reported(folder, store):
     "Say what people saw in a study, if somebody counted anything."
     from binvision.ground.core import DataError

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['AHEAD', 'COLUMNS', 'Desk', 'checked_name', 'as_csv', 'problem_of']
 
-# %% ../../nbs/10_review/14_desk.ipynb #f78aefdf
+# %% ../../nbs/10_review/14_desk.ipynb #b7a04913
 import csv
 import io
 
 from fastcore.basics import patch
 
 from ..ground.core import BinvisionError, DataError, ImageError, UsageError, visible
+from ..ground.tables import to_cell
 from ..ground.web import Problem
 from .corrections import corrections
 from .log import Log
@@ -125,26 +126,28 @@ def undo(self:Desk,
     kept = self.log.append({"undo": self._sequence(ask.get("undo")), "by": by, "key": ask.get("key")})
     return {"sequence": kept["sequence"], **self.upcoming(by)}
 
-# %% ../../nbs/10_review/14_desk.ipynb #38e76331
+# %% ../../nbs/10_review/14_desk.ipynb #ab076169
 @patch
 def open(self:Desk,
     by:str, # the person
 )->dict: # about the check, the judgements of this person that count, and the next bins
     "What the page needs when it opens."
-    mine = sorted((e for (_, who), e in self.log.current().items() if who == by and e["bin"] in self.place), key=lambda e: e["sequence"])
+    mine = [e for (bin, who), e in self.log.current().items() if who == by and bin in self.place]
+    mine.sort(key=lambda e: e["sequence"])
     history = [{"place": self.place[e["bin"]], "bin": e["bin"], "undo": e["sequence"]} for e in mine[-200:]]
-    about = {"check": self.bins.folder.resolve().name, "study": self.bins.study, "mine": len(mine), "history": history, "findings": self.bins.hash[:16]}
-    return about | {"notes": [visible(note) for note in self.notes()], **self.upcoming(by)}
+    about = {"check": self.bins.folder.resolve().name, "study": self.bins.study, "findings": self.bins.hash[:16]}
+    return about | {"mine": len(mine), "history": history, "notes": [visible(note) for note in self.notes()], **self.upcoming(by)}
 
 
 @patch
 def notes(self:Desk)->list:
     "What somebody who opens the page should know: what was mended, and reviews of another model."
     others = sum(e.get("findings", self.bins.hash) != self.bins.hash for e in self.log.current().values())
-    return [*self.log.notes, *([f"{others:,} judgements belong to other findings of these bins; they count all the same"] if others else [])]
+    told = f"{others:,} judgements belong to other findings of these bins; they count all the same"
+    return [*self.log.notes, told] if others else self.log.notes
 
-# %% ../../nbs/10_review/14_desk.ipynb #c3b3992a
-COLUMNS = ("sequence", "bin", "count", "verdict", "undo", "by", "when", "seconds", "shown") # of the file of reviews to take home
+# %% ../../nbs/10_review/14_desk.ipynb #e26f738c
+COLUMNS = ("sequence", "bin", "count", "verdict", "undo", "by", "when", "seconds", "shown") # of the file to take home
 
 
 def as_csv(
@@ -155,32 +158,30 @@ def as_csv(
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(columns)
-    for row in rows: writer.writerow([_cell(row.get(name)) for name in columns])
+    for row in rows: writer.writerow([to_cell(row.get(name)) for name in columns])
     return out.getvalue()
 
-
-def _cell(value): return "'" + value if isinstance(value, str) and value.lstrip()[:1] in tuple("=+-@＝＋－＠") else value
-
-# %% ../../nbs/10_review/14_desk.ipynb #f5e1df52
+# %% ../../nbs/10_review/14_desk.ipynb #9a6b1a3d
 @patch
 def _corrections(self:Desk):
     "What people found wrong, as a file to take home."
     table = corrections(self.bins.folder, self.log.entries()).table.astype(object)
-    return {"name": "corrections.csv", "text": as_csv(table.where(table.notna(), None).to_dict("records"), tuple(table))}
+    rows = table.where(table.notna(), None).to_dict("records")
+    return {"name": "corrections.csv", "text": as_csv(rows, tuple(table))}
 
-# %% ../../nbs/10_review/14_desk.ipynb #fe07e47d
-_STATUS = {UsageError: (422, "review"), DataError: (503, "not-saved"), ImageError: (404, "photo")} # kind of error → status and code
+# %% ../../nbs/10_review/14_desk.ipynb #e1c2229b
+_STATUS = {ImageError: (404, "photo"), DataError: (503, "not-saved"), UsageError: (422, "review")} # status and code
 
 
 def problem_of(
     error:BinvisionError,
 )->Problem:
     "An error as the page is told of it. What cannot be kept now may be kept later, and is asked again."
-    status, code = next((said for kind, said in reversed(_STATUS.items()) if isinstance(error, kind)), (500, "failed"))
+    status, code = next((said for kind, said in _STATUS.items() if isinstance(error, kind)), (500, "failed"))
     hint = f": {visible(error.hint)}" if error.hint else ""
     return Problem(status, code, visible(error.problem) + hint, retry=2 if status == 503 else None)
 
-
+# %% ../../nbs/10_review/14_desk.ipynb #7cc2bed4
 @patch
 def answer(self:Desk,
     ask, # a message: what (open, next, bin, model, judge, undo, leave, reviews, corrections), by, and more

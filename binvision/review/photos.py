@@ -40,41 +40,46 @@ class Bins:
 
     def __repr__(self): return f"Bins: {len(self.queue):,} of {len(self.findings):,} in the queue"
 
-# %% ../../nbs/10_review/13_photos.ipynb #65a9fdcd
-_AGAIN = "pass the folder that binvision check wrote"
+# %% ../../nbs/10_review/13_photos.ipynb #e4886a56
+_AGAIN = "make the check again: binvision check"
 
 
 def _about(folder):
     "The members of check.json."
-    try: about = json.loads(read_file(folder/"check.json"))
-    except ValueError as e: raise DataError(f"{folder/'check.json'}: is not JSON ({e})", "make the check again: binvision check") from e
-    if not isinstance(about, dict): raise DataError(f"{folder/'check.json'}: is not an object", "make the check again: binvision check")
+    path = folder/"check.json"
+    try: about = json.loads(read_file(path))
+    except ValueError as e: raise DataError(f"{path}: is not JSON ({e})", _AGAIN) from e
+    if not isinstance(about, dict): raise DataError(f"{path}: is not an object", _AGAIN)
     return about
 
 
 def _data_of(folder, about, data):
     "The data set folder of a check."
+    hint = "pass --data, the data set folder"
     if data is None and not isinstance(about.get("data"), str):
-        raise DataError(f"{folder/'check.json'}: does not say where the photos are", "pass --data, the data set folder")
+        raise DataError(f"{folder/'check.json'}: does not say where the photos are", hint)
     try: return data_folder(folder/about["data"] if data is None else data)
-    except DataError as e: raise DataError(f"{e.problem}, and the photos of {folder} should be there", "pass --data, the data set folder") from e
+    except DataError as e: raise DataError(f"{e.problem}, and the photos of {folder} should be there", hint) from e
 
-# %% ../../nbs/10_review/13_photos.ipynb #71fd08d7
+# %% ../../nbs/10_review/13_photos.ipynb #2747a3d1
 def open_bins(
     folder:str|os.PathLike, # of a check
     data:str|os.PathLike|None=None, # the data set folder; None for the one that the check looked at
 )->Bins:
-    "Open the folder of a check. Raises `DataError` for one that is none, and where queue and findings do not belong together."
+    "Open the folder of a check. Raises `DataError` for one that is none, and for a queue of other findings."
     folder = Path(folder)
-    if not folder.is_dir() or not (folder/"queue.csv").exists(): raise DataError(f"{folder}: not the folder of a check", _AGAIN)
-    about, queue = _about(folder), read_queue(folder/"queue.csv")
-    names = pq.read_schema(regular_file(folder/"findings.parquet")).names
-    findings = read_findings(folder, tuple(names))
-    found = pc.index_in(pa.array(queue["id"].astype(str).tolist(), findings["id"].type), value_set=findings["id"].combine_chunks())
+    if not (folder/"queue.csv").exists():
+        raise DataError(f"{folder}: not the folder of a check", "pass the folder that binvision check wrote")
+    about, queue, path = _about(folder), read_queue(folder/"queue.csv"), folder/"findings.parquet"
+    findings = read_findings(folder, tuple(pq.read_schema(regular_file(path)).names))
+    ids = findings["id"].combine_chunks()
+    found = pc.index_in(pa.array(queue["id"].astype(str).tolist(), ids.type), value_set=ids)
     if found.null_count:
-        gone = queue["id"][found.is_null().to_numpy(zero_copy_only=False)].iloc[0]
-        raise DataError(f"{folder/'queue.csv'}: bin {visible(str(gone))} is not among the findings", "the two belong to different checks: make them again")
-    return Bins(folder, queue, findings, _data_of(folder, about, data), about.get("model"), sha256(folder/"findings.parquet"), bool(about.get("study")))
+        gone = visible(str(queue["id"][found.is_null().to_numpy(zero_copy_only=False)].iloc[0]))
+        hint = "the two belong to different checks: make them again"
+        raise DataError(f"{folder/'queue.csv'}: bin {gone} is not among the findings", hint)
+    place = _data_of(folder, about, data)
+    return Bins(folder, queue, findings, place, about.get("model"), sha256(path), bool(about.get("study")))
 
 # %% ../../nbs/10_review/13_photos.ipynb #9c73f43f
 @patch
@@ -85,7 +90,7 @@ def finding(self:Bins,
     at = pc.index(self.findings["id"], id).as_py()
     return None if at < 0 else self.findings.slice(at, 1).to_pylist()[0]
 
-# %% ../../nbs/10_review/13_photos.ipynb #d4ab9e2c
+# %% ../../nbs/10_review/13_photos.ipynb #63006faf
 def item_row(
     item:dict, # of a document
 )->dict: # quantity, name, size and weight as text
@@ -93,19 +98,21 @@ def item_row(
     sides = [item.get(side) for side in ("length", "width", "height")]
     size = " × ".join(f"{side:.1f}" for side in sorted(sides, reverse=True)) if None not in sides else ""
     weight = "" if item.get("weight") is None else f"{item['weight']:.2g}"
-    return {"quantity": item["quantity"], "name": shorten(item["name"] or item["asin"], 90), "size": size, "weight": weight}
+    name = shorten(item["name"] or item["asin"], 90)
+    return {"quantity": item["quantity"], "name": name, "size": size, "weight": weight}
 
-# %% ../../nbs/10_review/13_photos.ipynb #fda37735
+# %% ../../nbs/10_review/13_photos.ipynb #53615ef7
 def opinion(
     finding:dict, # a row of findings
 )->dict: # says, count, low, high, bars: pairs of a count and its probability
     "What the model thinks of a bin, for the page."
-    bars = [(int(name[1:]), p) for name, p in finding.items() if re.fullmatch("p[0-9]+", name) and p is not None and p == p]
-    return {"says": visible(in_words(finding)), "bars": [(count, round(p, 3)) for count, p in bars],
+    counts = [(int(name[1:]), p) for name, p in finding.items() if re.fullmatch("p[0-9]+", name)]
+    return {"says": visible(in_words(finding)), "bars": [(count, round(p, 3)) for count, p in counts if pd.notna(p)],
             **{name: finding[name] for name in ("count", "low", "high")}}
 
-# %% ../../nbs/10_review/13_photos.ipynb #53e2416f
-_KINDS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif"} # first bytes → media type
+# %% ../../nbs/10_review/13_photos.ipynb #d97177f3
+_KINDS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"} # first bytes → media type
+_ASK = "judge it by skip, or ask for a new one by retake"
 
 
 @patch
@@ -115,9 +122,10 @@ def photo(self:Bins,
     "The photo of a bin. Raises `ImageError` where there is none that can be shown."
     image = (self.finding(id) or {}).get("image")
     path = self.data/(image or "")
-    if not image: raise ImageError(f"{visible(id)}: there is no photo", "judge it by skip, or ask for one by retake", "missing")
-    if not path.resolve().is_relative_to(self.data.resolve()): raise ImageError(f"{visible(id)}: the photo is not in the data set folder", "", "unreadable")
-    if not path.exists(): raise ImageError(f"{visible(image)}: the photo has gone", "put it back, or ask for a new one by retake", "missing")
+    if not image: raise ImageError(f"{visible(id)}: there is no photo", _ASK, "missing")
+    if not path.resolve().is_relative_to(self.data.resolve()):
+        raise ImageError(f"{visible(id)}: the photo is not in the data set folder", _ASK, "unreadable")
+    if not path.exists(): raise ImageError(f"{visible(image)}: the photo has gone", _ASK, "missing")
     raw = read_file(path)
     kind = next((kind for start, kind in _KINDS.items() if raw.startswith(start)), None)
     if kind: return raw, kind
@@ -143,17 +151,18 @@ def beside(self:Bins,
     return [other for other in (_neighbours(id) if held else []) if (self.finding(other) or {}).get("image")
             and held & {item["asin"] for item in read_record(self.data, other, {})[1]}]
 
-# %% ../../nbs/10_review/13_photos.ipynb #3082ecec
+# %% ../../nbs/10_review/13_photos.ipynb #752a410c
 @patch
 def view(self:Bins,
     place:int, # in the queue, from 1
 )->dict: # place, id, why, recorded, problem, items, photos
     "A bin as the page shows it."
     row = self.queue.iloc[place - 1]
-    shown = {"place": place, "id": row["id"], "photos": [row["id"]], "items": [], "recorded": None, "problem": None, "why": None}
-    if self.study: return shown
+    shown = {"place": place, "id": row["id"], "photos": [row["id"]], "items": []}
+    if self.study: return shown | dict.fromkeys(("recorded", "problem", "why"))
     _, items, problem = read_record(self.data, row["id"], {})
     before_after = self.beside(row["id"], items)
     photos = sorted([row["id"], *before_after], key=lambda id: (len(id), id))
     why = "drawn at random" if row["why"] == "random" else "the record is doubtful"
-    return shown | {"photos": photos, "items": [item_row(item) for item in items], "recorded": int(row["recorded"]), "problem": problem and visible(problem), "why": why}
+    record = {"items": [item_row(item) for item in items], "recorded": int(row["recorded"])}
+    return shown | record | {"photos": photos, "problem": problem and visible(problem), "why": why}

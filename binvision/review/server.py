@@ -6,9 +6,10 @@
 __all__ = ['POLICY', 'LOOPBACK', 'LIMIT', 'page_part', 'may_enter', 'Door', 'read_message', 'review_app', 'page_url',
            'checked_token', 'serve_reviews']
 
-# %% ../../nbs/10_review/15_server.ipynb #b68609d7
+# %% ../../nbs/10_review/15_server.ipynb #12ceca47
 import importlib.resources
 import os
+import re
 import secrets
 import webbrowser
 from urllib.parse import urlencode
@@ -24,11 +25,12 @@ from .desk import Desk, problem_of
 from .photos import open_bins
 from .reviews import open_reviews
 
-# %% ../../nbs/10_review/15_server.ipynb #69499a53
+# %% ../../nbs/10_review/15_server.ipynb #644352b2
 _FOLDER = importlib.resources.files("binvision")/"review"/"static"
 _TYPES = {"review.html": "text/html", "review.css": "text/css", "review.js": "text/javascript"}
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; base-uri 'none'; "
-          "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'") # Content-Security-Policy of the page
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+          "require-trusted-types-for 'script'") # Content-Security-Policy of the page
 
 
 def page_part(
@@ -37,14 +39,14 @@ def page_part(
     "The text of one of the page's files."
     return (_FOLDER/name).read_text(encoding="utf-8")
 
-# %% ../../nbs/10_review/15_server.ipynb #407b67b5
+# %% ../../nbs/10_review/15_server.ipynb #5d7e89f3
 _OPEN = ("/", "/review.css", "/review.js") # paths that never ask for the token
 LOOPBACK = ("127.0.0.1", "::1", "localhost") # names of this machine, for itself
 
 
 def _host(headers):
     "The host of a request without its port."
-    return headers.get(b"host", b"").decode("latin-1").rpartition(":")[0].strip("[]") or headers.get(b"host", b"").decode("latin-1")
+    return re.sub(r":[0-9]+$", "", headers.get(b"host", b"").decode("latin-1")).strip("[]")
 
 
 def may_enter(
@@ -53,7 +55,8 @@ def may_enter(
     token:str|None, # None for a page that only this machine sees
 ):
     "Raise `Problem` for a request that is not answered."
-    if token is None and _host(headers) not in LOOPBACK: raise Problem(403, "host", "this page is for the machine that it runs on")
+    if token is None and _host(headers) not in LOOPBACK:
+        raise Problem(403, "host", "this page is for the machine that it runs on")
     if path in _OPEN or knows_token(headers, token): return
     raise Problem(401, "token", "the access token is missing or wrong: ask whoever runs this page for it")
 
@@ -91,7 +94,7 @@ async def read_message(
     try: return orjson.loads(raw)
     except orjson.JSONDecodeError as e: raise Problem(400, "not-json", f"the message is not JSON: {e}") from e
 
-# %% ../../nbs/10_review/15_server.ipynb #b3ffcf4b
+# %% ../../nbs/10_review/15_server.ipynb #cbee3017
 def _routes(app, desk):
     "The paths of the page."
     def asset(name):
@@ -103,7 +106,8 @@ def _routes(app, desk):
 
     @app.post("/ask")
     async def ask(request: Request):
-        return Response(visible_json(await run_sync(desk.answer, await read_message(request))), media_type="application/json")
+        reply = await run_sync(desk.answer, await read_message(request))
+        return Response(visible_json(reply), media_type="application/json")
 
     @app.get("/photo")
     async def photo(id: str = ""):
@@ -118,7 +122,8 @@ def _refusals(app):
     async def problem(request, e): return e.response()
 
     @app.exception_handler(HTTPException)
-    async def no_route(request, e): return Problem(e.status_code, "no-such-path", "there is nothing here: open the page at /").response()
+    async def no_route(request, e):
+        return Problem(e.status_code, "no-such-path", "there is nothing here: open the page at /").response()
 
     @app.exception_handler(Exception)
     async def failed(request, e): return Problem(500, "failed", "the server failed; its terminal says why").response()
@@ -136,7 +141,7 @@ def review_app(
     app.add_middleware(Door, token=token)
     return app
 
-# %% ../../nbs/10_review/15_server.ipynb #30b60928
+# %% ../../nbs/10_review/15_server.ipynb #286a9334
 def page_url(
     base:str, # such as http://127.0.0.1:8090
     by:str|None, # who looks; None lets the page ask
@@ -154,7 +159,7 @@ def checked_token(
     "The token of a page; a new one where others can reach it. Raises `UsageError` for one that can be guessed."
     if token is None: return None if host in LOOPBACK else secrets.token_urlsafe(18)
     if len(token) < 16 or not token.isascii() or not token.isprintable():
-        raise UsageError("the token has fewer than 16 characters, or others than letters, digits and signs", "leave it out: one is made")
+        raise UsageError("the token has fewer than 16 characters, or strange ones", "leave it out: one is made")
     return token
 
 # %% ../../nbs/10_review/15_server.ipynb #4d362952
