@@ -1,4 +1,5 @@
 """The parts of the benchmarks that decide what is compared with what."""
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +151,23 @@ def test_looks_at_wrong_records_bring_the_true_counts_back(data, manifest, tmp_p
         fixed, did = correct(made, answered(tmp_path / "looks", tmp_path / "check", bins, true, wrong))
         assert did["changed"] == len(set(bins) & set(changed)) and did["left_out"] == 0
         assert (fixed.set_index("id")["count"][bins] == true[bins]).all()
+
+
+def test_the_ratios_of_inference_are_of_rates_in_the_same_round():
+    from inference import ratios
+
+    rounds = [{"predict, int8": 100, "opened and resized": 125}, {"predict, int8": 50, "opened and resized": 100}, {"predict, int8": 90, "opened and resized": 100}]
+    assert ratios(rounds) == {"predict, int8": (90, 1, 1, 1), "opened and resized": (100, .8, .5, .9)}
+
+
+def test_inference_compares_with_the_backend_that_predict_takes_here(model, data, manifest, tmp_path, monkeypatch, capsys):
+    from inference import backends
+
+    from binvision.model.quantize import export
+
+    folder = shutil.copytree(model, tmp_path / "m")
+    export(folder, data, manifest, int8=True, n=4, max_loss=1)
+    for flags, names in ((["avx_vnni"], ["int8", "fp32"]), ([], ["fp32", "int8"])):
+        monkeypatch.setattr("binvision.model.backends.int8_flags", lambda: flags)
+        assert list(backends(folder, 1)) == [m.backend for m in backends(folder, 1).values()] == names
+        assert f"predict takes {names[0]}: this processor has" in capsys.readouterr().out
