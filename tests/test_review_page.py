@@ -1,4 +1,5 @@
 """The review page in a real browser: keys, undo, a tab that closes, a server that is killed, a phone, screen readers, tokens, hostile names."""
+import base64
 import csv
 import json
 import os
@@ -197,9 +198,11 @@ def test_a_key_that_is_held_judges_once_and_larger_numbers_are_typed(visit, serv
     page.keyboard.type("x")
     page.keyboard.press("Enter")  # not a number: the field stays
     page.keyboard.press("Escape")
+    expect(page.locator("dialog[open]")).to_have_count(0)
     page.keyboard.press("?")
     page.get_by_label("Single keys judge").uncheck()
     page.keyboard.press("Escape")
+    expect(page.locator("dialog[open]")).to_have_count(0)
     page.keyboard.press("5")
     ready(page, saved=True)
     assert [line["count"] for line in lines(check)] == [7, 123] and title(page) == f"Bin {desk.ids[2]}"
@@ -269,7 +272,8 @@ def test_no_barriers_of_wcag_aa(visit, tmp_path, photos, how):
         assert page.locator("figure").count() == 2  # the neighbour shares the product
         for key in ("", "m", "?", "Escape", "t", "Escape", "3", "ArrowLeft"):
             if key: page.keyboard.press(key)
-            if key != "Escape": clean(page)
+            if key == "Escape": expect(page.locator("dialog[open]")).to_have_count(0)
+            else: clean(page)
         expect(page.locator("[role=status]").last).to_contain_text("You said 3 items.")
 
 
@@ -429,6 +433,40 @@ def test_what_the_page_called_saved_survives_twenty_kills_of_the_server(visit, t
     bins = Counter(line["bin"] for line in lines(check))
     assert max(bins.values()) == 1 and page.locator(".pace").inner_text().startswith(f"{len(keys)} judged by you")
     print(f"{len(keys)} judgements, {len(saved)} of them acknowledged while servers were killed 20 times")
+
+
+# In a cell of a notebook
+
+def test_the_same_module_works_through_the_messages_of_a_widget(visit, served, check):
+    from binvision.review.widget import ReviewWidget, reply_to, review
+
+    url, desk = served
+    page = visit("about:blank")
+
+    def kernel(sent):
+        reply, raw = reply_to(desk, sent)
+        return {"reply": reply, "raw": [base64.b64encode(part).decode() for part in raw]}
+
+    page.context.expose_function("kernel", kernel)
+    page.goto(f"{url}/review.css")  # any document of the same origin
+    page.evaluate("""async () => {
+      const { default: widget } = await import("/review.js"), el = document.body;
+      let heard;
+      el.replaceChildren();
+      widget.render({ el, model: { get: () => "anna", on: (name, then) => { heard = then; }, send: async sent => {
+        const { reply, raw } = await window.kernel(sent);
+        heard(reply, raw.map(text => new DataView(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer)));
+      } } });
+    }""")
+    ready(page)
+    page.locator(".bv-review").focus()
+    judge(page, "3", "s")
+    page.keyboard.press("u")
+    ready(page, saved=True)
+    assert [line.get("count", line.get("verdict")) for line in lines(check)] == [3, "skip", None]
+    shown = review(check, by="anna")
+    assert isinstance(shown, ReviewWidget) and shown.by == "anna" and shown._esm and repr(shown.desk).startswith("Desk: Bins: 40 of 40")
+    assert reply_to(desk, {"number": 1, "photo": "../x"})[0]["problem"]["status"] == 404 and reply_to(desk, {"ask": 3})[0]["problem"]["status"] == 400
 
 
 # The command
