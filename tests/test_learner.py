@@ -105,7 +105,7 @@ def test_settings_are_the_signature_and_the_config(data, manifest, tmp_path):
     from binvision.train.settings import TrainSettings
 
     names = list(inspect.signature(TrainSettings).parameters)
-    assert list(inspect.signature(train).parameters)[6:] == names
+    assert list(inspect.signature(train).parameters)[7:] == names
     assert all(docments(train)[name] for name in names)
     for wrong in ({"lr": float("nan")}, {"lr": 0}, {"size": 8}, {"loss": "hinge"}, {"depth": 0}, {"architecture": "resnet18"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
