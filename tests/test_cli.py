@@ -16,7 +16,7 @@ from binvision import __version__
 from binvision.cli.main import app
 
 COMMANDS = ["synthesize", "fetch", "index", "catalogue", "explore", "split", "folds", "train", "evaluate", "ensemble", "export", "predict",
-            "serve", "search", "demo"]
+            "serve", "search", "demo", "review"]
 PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 TINY = ["--arch", "resnet18", "--weights", "none", "--size", "64", "--batch-size", "8", "--frozen-epochs", "0", "--lr", "0.001"]
 
