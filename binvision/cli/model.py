@@ -57,7 +57,7 @@ def _ensemble(
 
     ensemble(data, manifest, models, out, mirror)
 
-# %% ../../nbs/13_cli/05_model.ipynb #8f6a37d4
+# %% ../../nbs/13_cli/05_model.ipynb #993b7882
 def _show_cost(made, model):
     "Print the accuracy of an 8-bit network compared with the original."
     say(f"{made['n']:,} bins of the valid part  accuracy    MAE")
@@ -79,9 +79,12 @@ def _export(
     max_loss:Share=0.005, # accuracy that may be lost on the valid part, 0 to 1
 ):
     "Make a trained model fast. Its accuracy before and after is measured and written into its card."
+    from binvision.model.backends import load_model
     from binvision.model.quantize import export
 
     _show_cost(export(model, data, manifest, int8, n, seed, max_loss), model)
+    opened = load_model(model)
+    if opened.backend != "int8": say(f"note: predict takes {opened.backend} on this machine: {opened.why}", err=True)
 
 # %% ../../nbs/13_cli/05_model.ipynb #bc8a4d3a
 def _pictures(source, root):
