@@ -38,13 +38,14 @@ class Mirrored(Model):
         both = [softmax(self.once(x, one_core)) for x in (batch, mirrored)]
         return np.log(np.mean(both, 0).clip(1e-30, 1)).astype(np.float32)
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #b535ddf2
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #1e17f14d
 _SHARED = ("counts", "resize") # what the cards of members have in common
 
 
 def _check_members(models, manifest, least=2):
     "Raise `UsageError` for the first model that cannot be a member."
-    if len(models) < least: raise UsageError("an ensemble of fewer than two models", "pass two model folders or more, or one with mirror=True (--mirror)")
+    if len(models) < least:
+        raise UsageError("an ensemble of fewer than two models", "pass two or more, or one with mirror=True (--mirror)")
     first, known = models[0], {}
     for m in models:
         if "members" in m.card: raise UsageError(f"{m.folder}: is an ensemble itself", "pass its members")
@@ -57,7 +58,7 @@ def _check_members(models, manifest, least=2):
         same = known.setdefault(m.card["files"]["model.onnx"], m.folder)
         if same is not m.folder: raise UsageError(f"{m.folder}: is the same network as {same}", "pass each model once")
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #3d808d5f
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #89074312
 _WANTS = ("size", "mean", "std") # how a network wants its pictures
 
 
@@ -67,7 +68,8 @@ class _Seen(Model):
     def __init__(self, model, card):
         from binvision.train.networks import View  # torch is slow to load, and Mirrored does not need it
 
-        vars(self).update(vars(model), once=model.logits, view=View(card, model.card), card=model.card | {k: card[k] for k in _WANTS})
+        vars(self).update(vars(model), once=model.logits, view=View(card, model.card))
+        self.card = model.card | {k: card[k] for k in _WANTS}
 
     def logits(self, batch, one_core=False):
         import torch
@@ -110,28 +112,29 @@ def _calibrate_mean(models, rows):
         print(f"{name}: " + " ".join(f"{k}={scored[k]:.4f}" for k in ("accuracy", "mae", "nll")), flush=True)
     return temperature, scored
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #db842b7f
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #409fa11a
 def _ensemble_card(used, mirror, manifest_sha256, training):
     "The card of an ensemble, without its temperature and figures; `used` comes from _as_used."
     card, names, n = used[0].card, [m.card["arch"] for m in used], len(used)
     wants = [{k: read_card(m.folder)[k] for k in _WANTS} for m in used]
     views = {"views": wants} if any(w[k] != card[k] for w in wants for k in _WANTS) else {}
-    return {"arch": (f"ensemble-of-{n}" if n > 1 else names[0]) + "-mirrored" * mirror, "members": names, **views, "mirror": mirror,
-            **{k: card[k] for k in (*_SHARED, *_WANTS)}, "versions": versions(), "manifest_sha256": manifest_sha256,
-            "training": training | {"members": [m.card.get("training") for m in used], "networks": [m.card["files"]["model.onnx"] for m in used]},
+    each = {"members": [m.card.get("training") for m in used], "networks": [m.card["files"]["model.onnx"] for m in used]}
+    return {"arch": (f"ensemble-of-{n}" if n > 1 else names[0]) + "-mirrored" * mirror, "members": names, **views,
+            "mirror": mirror, **{k: card[k] for k in (*_SHARED, *_WANTS)}, "versions": versions(),
+            "manifest_sha256": manifest_sha256, "training": training | each,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #c2a47d25
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #4a19fbd6
 def write_average(
     folder:str|os.PathLike, # the model folder to write; an existing one is replaced
     models:list, # model folders, or models
-    rows:pd.DataFrame|None=None, # bins that no member has learned from, with their counts and paths; None: not calibrated
+    rows:pd.DataFrame|None=None, # bins that no member has learned from, with counts and paths; None: not calibrated
     mirror:bool=False, # look at mirror images too
     manifest_sha256:str|None=None, # of the split
     **training, # what else the card says of the training
 )->Path: # the folder
     "Write the mean of models as a model folder. Raises `UsageError` for models that do not go together."
-    from binvision.train.networks import Average, View, load_torch  # torch is slow to load, and Mirrored does not need it
+    from binvision.train.networks import Average, View, load_torch  # torch is slow to load
     from binvision.train.publish import save_torch
 
     opened = [m if isinstance(m, Model) else load_model(m, "fp32") for m in models]
@@ -141,9 +144,10 @@ def write_average(
     temperature, scored = (1., None) if rows is None else _calibrate_mean(used, rows)
     views = [View(card, view) for view in card.get("views", [])]
     average = Average([load_torch(m.folder) for m in opened], temperature, views, mirror)
-    return save_torch(folder, card | {"temperature": temperature, "metrics": {"valid": scored} if scored else {}}, average)
+    card |= {"temperature": temperature, "metrics": {"valid": scored} if scored else {}}
+    return save_torch(folder, card, average)
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #362f59b8
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #86c88131
 def ensemble(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # the manifest that all members were trained on
@@ -156,6 +160,7 @@ def ensemble(
     if out.is_dir() and any(out.iterdir()): raise UsageError(f"{out}: is not empty", "choose another out")
     opened = [m if isinstance(m, Model) else load_model(m, "fp32") for m in models]
     _check_members(opened, manifest, 1 if mirror else 2)
-    write_average(out/"model", opened, _valid_rows(data, manifest), mirror, opened[0].card["manifest_sha256"], manifest=str(manifest))
+    rows, sha = _valid_rows(data, manifest), opened[0].card["manifest_sha256"]
+    write_average(out/"model", opened, rows, mirror, sha, manifest=str(manifest))
     print(f"model: {out/'model'}", flush=True)
     return out

@@ -28,13 +28,15 @@ from ..train.first import train_in_stages, without_seen
 from ..train.plan import Plan
 from ..train.processes import join_processes, say
 
-# %% ../../nbs/07_evaluate/07_repeat.ipynb #cf4b4698
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #2b1b6fdd
 def _fold_files(folder):
     "The manifests in a folder of folds, in order."
     names = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else []
     numbers = [int(name[:-4]) for name in names if re.fullmatch(r"\d+\.csv", name)]
-    if len(numbers) >= 2 and sorted(numbers) == list(range(len(names))): return [Path(folder)/f"{n}.csv" for n in range(len(names))]
-    raise UsageError(f"{folder}: not a folder of folds (0.csv, 1.csv, …)", "make one: binvision folds MANIFEST --out FOLDER")
+    if len(numbers) >= 2 and sorted(numbers) == list(range(len(names))):
+        return [Path(folder)/f"{n}.csv" for n in range(len(names))]
+    raise UsageError(f"{folder}: not a folder of folds (0.csv, 1.csv, …)",
+                     "make one: binvision folds MANIFEST --out FOLDER")
 
 
 def steps(
@@ -43,11 +45,12 @@ def steps(
 )->list: # of triples: the name of a run, its manifest, its plan
     "The trainings of a plan. Raises `UsageError` for a folder that holds no folds, and for folds together with seeds."
     if plan.folds is None:
-        return [(f"seed-{plan.seed + n}", Path(manifest), replace(plan, seed=plan.seed + n, repeat=1)) for n in range(plan.repeat)]
+        seeds = range(plan.seed, plan.seed + plan.repeat)
+        return [(f"seed-{seed}", Path(manifest), replace(plan, seed=seed, repeat=1)) for seed in seeds]
     if plan.repeat > 1: raise UsageError("repeat and folds together", "choose one of them")
     return [(f"fold-{n}", path, replace(plan, folds=None)) for n, path in enumerate(_fold_files(plan.folds))]
 
-# %% ../../nbs/07_evaluate/07_repeat.ipynb #f476aaf8
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #721f89d6
 _AGAIN = "make the folds of this manifest: binvision folds MANIFEST --out FOLDER"
 
 
@@ -57,11 +60,13 @@ def _check_folds(manifest, files):
     out = pd.concat([fold["id"][fold["part"] == "test"] for fold in map(read_manifest, files)])
     inside, test = set(rows["id"][rows["part"] != "test"]), set(rows["id"][rows["part"] == "test"])
     for path in files:
-        if seen := test & set(read_manifest(path)["id"]): raise UsageError(f"{path}: holds bin {min(seen)!r} of the manifest's test part", _AGAIN)
+        if seen := test & set(read_manifest(path)["id"]):
+            raise UsageError(f"{path}: holds bin {min(seen)!r} of the manifest's test part", _AGAIN)
     if set(out) != inside or out.duplicated().any():
-        raise UsageError(f"{Path(files[0]).parent}: leaves out {len(out):,} bins, {len(inside):,} are in the train and valid parts of {manifest}", _AGAIN)
+        raise UsageError(f"{Path(files[0]).parent}: leaves out {len(out):,} bins, {len(inside):,} are in the train and "
+                         f"valid parts of {manifest}", _AGAIN)
 
-# %% ../../nbs/07_evaluate/07_repeat.ipynb #70663471
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #96452171
 def _check_folder(out, overwrite, resume):
     "Raise `UsageError` for a folder that holds something else, or trainings that nobody asked to go on with."
     names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
@@ -69,7 +74,8 @@ def _check_folder(out, overwrite, resume):
     if foreign := [name for name in names if not ours.fullmatch(name)]:
         raise UsageError(f"{out}: holds {foreign[0]}, which is no run of several trainings", "choose another out")
     if names and not (overwrite or resume):
-        raise UsageError(f"{out}: holds trainings", "choose another out, pass overwrite=True (--overwrite), or go on with resume=True (--resume)")
+        raise UsageError(f"{out}: holds trainings",
+                         "choose another out, pass overwrite=True (--overwrite), or go on with resume=True (--resume)")
 
 # %% ../../nbs/07_evaluate/07_repeat.ipynb #f130e379
 def _own_first(step, path, out, name):
@@ -80,7 +86,7 @@ def _own_first(step, path, out, name):
     distrib_barrier()
     return replace(step, first=own)
 
-# %% ../../nbs/07_evaluate/07_repeat.ipynb #0c5915cb
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #c52aea5b
 def out_of_fold(
     data:str|os.PathLike, # the data set folder
     runs:dict, # run folder → its fold, a manifest
@@ -90,12 +96,12 @@ def out_of_fold(
     for n, (run, fold) in enumerate(runs.items()):
         rows = manifest_images(data, fold, "test")
         found = predict(Path(run)/"model", list(rows["path"]), 16, "fp32")
-        if found.failed: raise DataError(found.failed[0].error, "leave that bin out of the manifest and make the folds again")
+        if found.failed: raise DataError(found.failed[0].error, "leave that bin out, and make the folds again")
         p = pd.DataFrame([p.probabilities for p in found]).add_prefix("p")
         tables.append(pd.concat([rows[["id", "count"]].reset_index(drop=True).assign(fold=n), p], axis=1))
     return pd.concat(tables).sort_values("id", ignore_index=True)
 
-# %% ../../nbs/07_evaluate/07_repeat.ipynb #102e1e56
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #52c83aeb
 def _finish_folds(data, manifest, out, runs):
     "The answers out of fold, and the average."
     answers = out_of_fold(data, runs)
@@ -103,13 +109,14 @@ def _finish_folds(data, manifest, out, runs):
     counts = [int(name[1:]) for name in answers if re.fullmatch(r"p\d+", name)]
     scored = scores(answers[[f"p{c}" for c in counts]].to_numpy(), answers["count"].to_numpy(int), counts)
     say("out of fold: accuracy={accuracy:.4f} mae={mae:.3f} nll={nll:.4f} n={n}".format(**scored))
-    write_average(out/"model", [run/"model" for run in runs], manifest_sha256=sha256(manifest), manifest=str(manifest), out_of_fold=scored)
+    notes = {"manifest_sha256": sha256(manifest), "manifest": str(manifest), "out_of_fold": scored}
+    write_average(out/"model", [run/"model" for run in runs], **notes)
 
-
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #75dc4546
 def _finish_seeds(data, manifest, out, runs):
     "The average, calibrated on the validation part."
-    rows = manifest_images(data, manifest, "valid")
-    write_average(out/"model", [run/"model" for run in runs], rows, manifest_sha256=sha256(manifest), manifest=str(manifest))
+    rows, notes = manifest_images(data, manifest, "valid"), {"manifest_sha256": sha256(manifest), "manifest": str(manifest)}
+    write_average(out/"model", [run/"model" for run in runs], rows, **notes)
 
 # %% ../../nbs/07_evaluate/07_repeat.ipynb #bcc29e9c
 def _averaged(model, runs):
@@ -126,7 +133,7 @@ def _finish(data, manifest, out, runs, folded):
         say(f"model: {out/'model'}")
     distrib_barrier()
 
-# %% ../../nbs/07_evaluate/07_repeat.ipynb #a3cb9952
+# %% ../../nbs/07_evaluate/07_repeat.ipynb #0ced7824
 @takes(Plan)
 def train_plan(
     data:str|os.PathLike, # the data set folder
@@ -140,7 +147,8 @@ def train_plan(
     "Train a model in one step or in several. Raises the errors of `train`, `check_first`, `check_teacher` and `steps`."
     plan, out = checked(Plan, kwargs), Path(out)
     todo = steps(manifest, plan)
-    if plan.folds is None and plan.repeat == 1: return train_in_stages(data, manifest, out, plan, overwrite, resume, cbs)
+    if plan.folds is None and plan.repeat == 1:
+        return train_in_stages(data, manifest, out, plan, overwrite, resume, cbs)
     if plan.folds is not None: _check_folds(manifest, [path for _, path, _ in todo])
     _check_folder(output_folder(out, data), overwrite, resume)
     join_processes(plan.device)

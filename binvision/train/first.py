@@ -39,7 +39,7 @@ def seen_before(
     worst = np.maximum(own, kin).groupby(first["group"]).transform("max")
     return first[worst > now]
 
-# %% ../../nbs/06_train/14_first.ipynb #6670c218
+# %% ../../nbs/06_train/14_first.ipynb #1af6d410
 def check_first(
     first:str|os.PathLike, # the manifest of the first training
     then:pd.DataFrame, # the manifest proper
@@ -48,8 +48,8 @@ def check_first(
     rows = read_manifest(first)
     if not len(seen := seen_before(rows, then)): return rows
     names = ", ".join(seen["id"][:5]) + (" …" if len(seen) > 5 else "")
-    raise UsageError(f"{first}: trains on, or chooses with, {len(seen):,} bins that the manifest keeps back, or their relatives: {names}",
-                     "make it from that manifest: binvision split DATA --extend MANIFEST --out FIRST")
+    raise UsageError(f"{first}: trains on, or chooses with, {len(seen):,} bins that the manifest keeps back, or their "
+                     f"relatives: {names}", "make it from that manifest: binvision split DATA --extend MANIFEST --out FIRST")
 
 # %% ../../nbs/06_train/14_first.ipynb #c64d3f28
 def without_seen(
@@ -68,7 +68,7 @@ def _stages(plan, out):
              "first_lr": plan.first_lr, "first_weights": plan.weights and str(plan.weights), **teacher_notes(plan)}
     return first, plan.training(mean=mean, std=std, weights=Path(out)/"first"/"model"), notes
 
-# %% ../../nbs/06_train/14_first.ipynb #3f2b644d
+# %% ../../nbs/06_train/14_first.ipynb #f58829df
 def _begin(run, plan, settings, overwrite, resume, cbs):
     "Do the first training, where the second has not begun."
     check_first(plan.first, run.rows)
@@ -76,8 +76,8 @@ def _begin(run, plan, settings, overwrite, resume, cbs):
     if run.found(overwrite, resume) is not None: return
     first = run.out/"first"
     if first.exists() and not (overwrite or resume):
-        raise UsageError(f"{run.out}: holds the first of two trainings", "choose another out, pass overwrite=True (--overwrite), or go on with "
-                         "resume=True (--resume)")
+        raise UsageError(f"{run.out}: holds the first of two trainings",
+                         "choose another out, pass overwrite=True (--overwrite), or go on with resume=True (--resume)")
     run.clear()
     say(f"first on {plan.first}, in {first}")
     train(run.data, plan.first, first, overwrite, resume, cbs, **settings)

@@ -141,13 +141,14 @@ class View(nn.Module):
         x = x*self.scale + self.shift
         return x if self.size is None else interpolate(x, self.size, mode="bilinear", antialias=True)
 
-# %% ../../nbs/06_train/04_networks.ipynb #07c6ab05
+# %% ../../nbs/06_train/04_networks.ipynb #2ec05be4
 class Average(nn.Module):
     "Several networks that answer as one: logits of the mean of their distributions, at a temperature."
 
     def __init__(self, members, temperature=1., views=(), mirror=False):
         super().__init__()
-        self.members, self.views, self.mirror = nn.ModuleList(members), nn.ModuleList(views or [nn.Identity() for _ in members]), mirror
+        self.members, self.mirror = nn.ModuleList(members), mirror
+        self.views = nn.ModuleList(views or [nn.Identity() for _ in members])
         self.register_buffer("temperature", torch.tensor([float(temperature)]))
 
     def forward(self, x):

@@ -30,7 +30,7 @@ from .processes import join_processes, usable_device
 from .settings import TrainSettings
 from .train import prepare_run, train
 
-# %% ../../nbs/06_train/13_teacher.ipynb #e157cd91
+# %% ../../nbs/06_train/13_teacher.ipynb #2f7eae27
 def teacher_loss(
     logits:torch.Tensor, # n × number of counts, of the student
     p:torch.Tensor, # n × number of counts, the teacher's probabilities
@@ -38,14 +38,19 @@ def teacher_loss(
 )->torch.Tensor: # 0 if student and teacher agree
     "How far a student is from its teacher (Hinton, Vinyals, Dean 2015)."
     target = log_softmax(p.clamp(min=1e-8).log() / temperature, -1)
-    return kl_div(log_softmax(logits.float() / temperature, -1), target, reduction="batchmean", log_target=True) * temperature**2
+    said = log_softmax(logits.float() / temperature, -1)
+    return kl_div(said, target, reduction="batchmean", log_target=True) * temperature**2
 
-# %% ../../nbs/06_train/13_teacher.ipynb #7f4c3c06
+# %% ../../nbs/06_train/13_teacher.ipynb #a11eabc7
+_DECODED = "a teacher needs pictures that are decoded once"
+
+
 class Teacher(Callback):
     "Mix the distance from a teacher's answers into the training loss."
     run_valid, order = False, 14 # after mixed precision, before what is added to the loss
 
-    def __init__(self, answers, share, temperature): self.answers, self.share, self.temperature = answers, share, temperature
+    def __init__(self, answers, share, temperature):
+        self.answers, self.share, self.temperature = answers, share, temperature
 
     def before_fit(self):
         ids = [bin_id(path) for path in self.dls.train.dataset.items]
@@ -53,12 +58,12 @@ class Teacher(Callback):
 
     def after_loss(self):
         dl = getattr(self.dl, "dl", self.dl)  # of several processes, each has a loader in its loader
-        if dl.places is None: raise UsageError("a teacher needs pictures that are decoded once", "pass a folder for them: cache (--cache)")
+        if dl.places is None: raise UsageError(_DECODED, "pass a folder for the pictures: cache (--cache)")
         far = teacher_loss(self.pred, self.p[dl.places.to(self.p.device)], self.temperature)
         self.learn.loss_grad = self.share * far + (1 - self.share) * self.loss_grad
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../../nbs/06_train/13_teacher.ipynb #82e185ba
+# %% ../../nbs/06_train/13_teacher.ipynb #d4402c47
 _HINT = "pass a table with the columns id (or source), p1, p2, … as predict --out and train --folds write it"
 
 
@@ -66,24 +71,25 @@ def read_answers(
     path:str|os.PathLike, # a .csv or .parquet file
 )->pd.DataFrame: # ids as index, counts as columns; each row sums to 1
     "A table of distributions. Raises `DataError` for one that is not."
-    table = read_parquet(path, _HINT).to_pandas() if Path(path).suffix == ".parquet" else read_csv(path, _HINT, ("id", "source"))
+    if Path(path).suffix == ".parquet": table = read_parquet(path, _HINT).to_pandas()
+    else: table = read_csv(path, _HINT, ("id", "source"))
     counts = {name: int(name[1:]) for name in table if re.fullmatch("p[0-9]{1,4}", name)}
     if not counts or not {"id", "source"} & set(table): raise DataError(f"{path}: holds no answers of a model", _HINT)
-    ids = table["id"] if "id" in table else table["source"].map(bin_id)
-    p = table[list(counts)].apply(pd.to_numeric, errors="coerce").rename(columns=counts).set_axis(ids.astype(str).rename("id"))
+    ids = (table["id"] if "id" in table else table["source"].map(bin_id)).astype(str).rename("id")
+    p = table[list(counts)].apply(pd.to_numeric, errors="coerce").rename(columns=counts).set_axis(ids)
     if (wrong := ~((p >= 0).all(axis=1) & ((p.sum(axis=1) - 1).abs() < .01))).any():
         raise DataError(f"{path}: bin {p.index[wrong][0]!r} has no probabilities that sum to 1", _HINT)
     if (twice := p.index.duplicated()).any(): raise DataError(f"{path}: bin {p.index[twice][0]!r} appears twice", _HINT)
     return p.div(p.sum(axis=1), axis=0)[sorted(p)]
 
-# %% ../../nbs/06_train/13_teacher.ipynb #f02d0d46
+# %% ../../nbs/06_train/13_teacher.ipynb #2eb70abb
 def ask_teacher(
     teacher:str|os.PathLike, # a model folder
     rows:pd.DataFrame, # bins, with the paths of their pictures
     data:str|os.PathLike, # the data set folder
     out:str|os.PathLike, # the .parquet file to write
 )->Path: # out
-    "Let a model answer pictures, unless it has. Raises the errors of `predict_to`, and `DataError` for a broken picture."
+    "Let a model answer pictures, unless it has. Raises the errors of `predict_to`, `DataError` for a broken picture."
     out, names = Path(out), [os.path.relpath(path, data) for path in rows["path"]]
     if out.exists(): return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +97,9 @@ def ask_teacher(
     written = predict_to(teacher, out.with_suffix(".csv"), out, data, 16, "fp32")
     if not written.failed: return out
     out.unlink()
-    raise DataError(": ".join(written.first_failures[0]), "a teacher answers all pictures of the train part: leave that bin out of the manifest")
+    raise DataError(": ".join(written.first_failures[0]), "a teacher answers all train bins: leave this one out of the manifest")
 
-# %% ../../nbs/06_train/13_teacher.ipynb #e0bb778d
+# %% ../../nbs/06_train/13_teacher.ipynb #87c5124f
 def _check_complete(answers, rows, name):
     "Raise `UsageError` unless there is an answer to each train bin."
     train = rows["id"][rows["part"] == "train"]
@@ -106,12 +112,13 @@ def check_teacher(
     plan:Plan, # names a teacher
     rows:pd.DataFrame, # the manifest
 ):
-    "Raise `UsageError` for a teacher that cannot teach these bins, `DataError` or `ModelError` for one that cannot be read."
+    "Raise `UsageError` for a teacher of other bins, `DataError` or `ModelError` for one that cannot be read."
     model, counts = Path(plan.teacher).is_dir(), sorted(rows["count"][rows["part"] != "test"].unique())
-    if plan.cache is False: raise UsageError("cache False: a teacher needs pictures that are decoded once", "leave cache out, or pass a folder")
+    if plan.cache is False: raise UsageError(f"cache False: {_DECODED}", "leave cache out, or pass a folder")
     known = read_card(plan.teacher)["counts"] if model else list(read_answers(plan.teacher))
     if known != counts:
-        raise UsageError(f"{plan.teacher}: knows the counts {', '.join(map(str, known))}, and the manifest has {', '.join(map(str, counts))}",
+        theirs, ours = (", ".join(map(str, each)) for each in (known, counts))
+        raise UsageError(f"{plan.teacher}: knows the counts {theirs}, and the manifest has {ours}",
                          "a teacher and its student know the same counts")
     if not model: _check_complete(read_answers(plan.teacher), rows, plan.teacher)
 
