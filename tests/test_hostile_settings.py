@@ -39,13 +39,15 @@ LINES = {
     "export": (["model", "bins", "manifest.csv"], ["--int8"]),
     "search": (["bins", "manifest.csv"], ["--out", "out", "--arch", "binvision_tiny", "--weights", "none"]),
     "serve": (["model"], ["--port", "0"]),
+    "review": (["check"], ["--port", "0", "--no-open"]),
     "demo": ([], ["--out", "out"]),
 }
 # Where the work begins
 WORK = ["synthetic.synthesize._write_bins", "data.explore._tables", "split.leaks.leak_report", "split.folds.write_folds",
         "fetch.ledger.FetchFolder.open", "fetch.fetch.estimate", "fetch.choose.list_ids", "fetch.index._locked",
-        "train.train._Run.loaders", "evaluate.report._answered", "evaluate.ensemble._calibrate_mean", "model.quantize.prepare",
-        "search.search._write_settings", "search.search.cache_features", "serve.run._run_until_sigterm", "cli.demo._demo_data"]
+        "train.train._Run.learner", "evaluate.report._answered", "evaluate.ensemble._calibrate_mean", "model.quantize.prepare",
+        "search.search._write_settings", "search.search.cache_features", "serve.run.run_until_sigterm",
+        "review.server.run_until_sigterm", "cli.demo._demo_data"]
 
 
 def begin(*args, **kwargs): raise typer.Exit(0)
@@ -54,10 +56,12 @@ def begin(*args, **kwargs): raise typer.Exit(0)
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, data, manifest):
     "The folder in which the commands run: a data set, its catalogue and manifest, models, and files that are nothing of the kind."
+    from binvision.check.check import check
     from binvision.data.catalogue import catalogue
 
     folder = tmp_path_factory.mktemp("settings")
     shutil.copytree(data, folder / "bins")
+    check(SMALL, folder / "bins", folder / "check", budget=5, picture_only=True)
     shutil.copy(manifest, folder / "manifest.csv")
     catalogue(folder / "bins", folder / "cat", images=False)
     for name in ("model", "other"): shutil.copytree(SMALL, folder / name)

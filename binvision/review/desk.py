@@ -35,13 +35,13 @@ class Desk:
 
     def __repr__(self): return f"Desk: {self.bins}, {self.log}"
 
-# %% ../../nbs/10_review/14_desk.ipynb #0fdf4783
+# %% ../../nbs/10_review/14_desk.ipynb #3ca18cd6
 def checked_name(
     name, # as sent
 )->str:
-    "The name of a person. Raises `Problem` for what cannot be one."
+    "The name of a person. Raises `UsageError` for what cannot be one."
     if isinstance(name, str) and 0 < len(name.strip()) <= 60 and visible(name) == name: return name.strip()
-    raise Problem(422, "name", "a name has 1 to 60 visible characters")
+    raise UsageError("a name has 1 to 60 visible characters", "give another one")
 
 
 @patch
@@ -181,15 +181,16 @@ def problem_of(
     hint = f": {visible(error.hint)}" if error.hint else ""
     return Problem(status, code, visible(error.problem) + hint, retry=2 if status == 503 else None)
 
-# %% ../../nbs/10_review/14_desk.ipynb #7cc2bed4
+# %% ../../nbs/10_review/14_desk.ipynb #be34db05
 @patch
 def answer(self:Desk,
     ask, # a message: what (open, next, bin, model, judge, undo, leave, reviews, corrections), by, and more
 )->dict:
     "Answer a message. Raises `Problem`."
     if not isinstance(ask, dict): raise Problem(400, "message", "a message is an object")
-    by, what = checked_name(ask.get("by")), ask.get("what")
+    what = ask.get("what")
     try:
+        by = checked_name(ask.get("by"))
         if what in ("judge", "undo"): return getattr(self, what)(by, ask)
         if what == "open": return self.open(by)
         if what == "next": return self.upcoming(by)

@@ -6,7 +6,7 @@
 __all__ = ['POLICY', 'LOOPBACK', 'LIMIT', 'page_part', 'may_enter', 'Door', 'read_message', 'review_app', 'page_url',
            'checked_token', 'serve_reviews']
 
-# %% ../../nbs/10_review/15_server.ipynb #12ceca47
+# %% ../../nbs/10_review/15_server.ipynb #3b050e41
 import importlib.resources
 import os
 import re
@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from ..ground.core import BinvisionError, UsageError
 from ..ground.web import CAREFUL, Problem, knows_token, run_until_sigterm, url_of, visible_json, web_server
-from .desk import Desk, problem_of
+from .desk import Desk, checked_name, problem_of
 from .photos import open_bins
 from .reviews import open_reviews
 
@@ -162,7 +162,7 @@ def checked_token(
         raise UsageError("the token has fewer than 16 characters, or strange ones", "leave it out: one is made")
     return token
 
-# %% ../../nbs/10_review/15_server.ipynb #4d362952
+# %% ../../nbs/10_review/15_server.ipynb #a055dab6
 def serve_reviews(
     check:str|os.PathLike, # the folder of a check
     by:str|None=None, # who looks; None lets the page ask
@@ -176,7 +176,8 @@ def serve_reviews(
     told=print, # receives the lines for the terminal
 ):
     "Show the review page until SIGTERM or Ctrl-C. Raises `DataError` or `UsageError` before it starts."
-    token, log = checked_token(host, token), open_reviews(check if store is None else store)
+    by, token = by and checked_name(by), checked_token(host, token)
+    log = open_reviews(check if store is None else store)
     try:
         desk = Desk(open_bins(check, data), log, overlap)
         server, sock = web_server(review_app(desk, token), host, port)
