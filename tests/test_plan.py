@@ -133,6 +133,7 @@ def test_folds_give_answers_that_teach(tmp_path, data, narrow, manifest, capfd):
     from binvision.model.predict import predict
     from binvision.split.folds import folds, write_folds
 
+    with pytest.raises(UsageError, match="valid=0.15: outside a fold"): folds(narrow, k=2, seed=0)
     write_folds(folds(narrow, k=2, valid=.3, seed=0), tmp_path / "folds")
     run = train(data, narrow, tmp_path / "run", **TINY | {"epochs": 1}, folds=tmp_path / "folds", first=manifest, first_epochs=1, first_lr=.01)
     rows, answers = read_manifest(narrow), pd.read_csv(run / "out_of_fold.csv", dtype={"id": str})

@@ -30,11 +30,13 @@ def _numbers(rows, k, seed):
         for i, (_, out) in enumerate(folds.split(rows["id"], rows["count"], rows["group"])): number[out] = i
     return number
 
-# %% ../../nbs/04_split/03_folds.ipynb #57ee3c39
+# %% ../../nbs/04_split/03_folds.ipynb #bde0ad5b
 def _manifest(rows, out, valid, seed):
     "The manifest that leaves out the rows where `out` is true."
     part = np.where(out, "test", "train").astype(object)
     rest = rows[~out]
+    if (most := rest["count"].value_counts().max()) < round(1 / valid):
+        raise UsageError(f"valid={valid}: outside a fold no count has more than {most} bins", "keep more for valid, or add bins")
     part[np.flatnonzero(~out)[_numbers(rest, round(1 / valid), seed) == 0]] = "valid"
     return as_manifest(rows.assign(part=part), "a fold")
 
