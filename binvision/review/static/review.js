@@ -407,8 +407,11 @@ class Review {
   }
 
   take(bins) {
-    const now = new Set(this.unsaved.list.map(message => message.bin));
-    this.next = bins.filter(bin => bin.id !== this.bin?.id && !now.has(bin.id) && !this.said.get(bin.id));
+    const waiting = this.unsaved.list, undone = new Set(waiting.filter(message => message.what === "undo").map(message => message.bin));
+    if (!waiting.length) for (const bin of bins) this.said.set(bin.id, null);  // all was said: the server knows better
+    const back = this.next.filter(bin => undone.has(bin.id));  // taken back here, which this answer does not know yet
+    const all = new Map([...bins, ...back].map(bin => [bin.id, bin]));
+    this.next = [...all.values()].filter(bin => bin.id !== this.bin?.id && !this.said.get(bin.id)).sort((a, b) => a.place - b.place);
     this.load();
   }
 
