@@ -1,5 +1,6 @@
 """One small data set and one small trained model for all tests of a session."""
 import glob
+import logging
 import os
 import shutil
 import signal
@@ -14,6 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: another number of threads a
 
 # A shell starts commands in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C need it back.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_log_of_the_past():
+    "A service that was run in this process logs to the standard output of its test, which ends with the test."
+    yield
+    for name in ("binvision", "uvicorn", "py.warnings"): logging.getLogger(name).handlers.clear()
 
 
 @pytest.fixture(scope="session")
