@@ -199,7 +199,7 @@ def test_a_key_that_is_held_judges_once_and_larger_numbers_are_typed(visit, serv
     page.keyboard.press("Enter")  # not a number: the field stays
     page.keyboard.press("Escape")
     expect(page.locator("dialog[open]")).to_have_count(0)
-    page.keyboard.press("?")
+    page.get_by_label("Help and keys").click()
     page.get_by_label("Single keys judge").uncheck()
     page.keyboard.press("Escape")
     expect(page.locator("dialog[open]")).to_have_count(0)

@@ -6,13 +6,14 @@
 __all__ = ['Rate', 'Decay', 'Mean', 'Std', 'Number', 'Three', 'Resize', 'Loss', 'LESSONS', 'Lessons', 'SEARCHABLE',
            'TrainSettings', 'plain']
 
-# %% ../../nbs/06_train/00_settings.ipynb #bd3b6c2d
+# %% ../../nbs/06_train/00_settings.ipynb #f5ef95a3
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from ..ground.core import visible
 from ..ground.settings import AtLeastOne, AtLeastZero, Seed, Side, Workers
 
 # %% ../../nbs/06_train/00_settings.ipynb #cc46940d
@@ -25,7 +26,7 @@ Three = tuple[Number, Number, Number]
 Resize = Literal["squash", "pad"]
 Loss = Literal["cross_entropy", "soft", "ordinal"]
 
-# %% ../../nbs/06_train/00_settings.ipynb #deffd883
+# %% ../../nbs/06_train/00_settings.ipynb #ce3dc70e
 LESSONS = ("kinds", "volume", "weight", "words") # what a record teaches besides the count
 
 
@@ -34,7 +35,7 @@ def _lessons(value):
     names = value.split(",") if isinstance(value, str) else list(value) or [""]
     names = list(dict.fromkeys(str(name).strip() for name in names))
     wrong = [name for name in names if name not in LESSONS]
-    if wrong: raise ValueError(f"{wrong[0] or 'nothing'} is no lesson; the lessons are {', '.join(LESSONS)}")
+    if wrong: raise ValueError(f"{visible(wrong[0]) or 'nothing'} is no lesson; the lessons are {', '.join(LESSONS)}")
     return ",".join(names)
 
 
