@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes import FIGURES, answers, compared, options, synthetic
+from recipes import FIGURES, answers, compared, parsed, synthetic
 
 
 def arguments():
@@ -33,8 +33,7 @@ def arguments():
     parser.add_argument("--temperatures", type=float, nargs="+", default=[2.])
     parser.add_argument("--n-boot", type=int, default=2000)
     parser.add_argument("--n", type=int, default=240, help="synthetic bins, without DATA")
-    ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    return parser.parse_args(ours), options(sys.argv[len(ours) + 2:], Plan)
+    return parsed(parser, Plan)
 
 
 def students(teachers, shares, temperatures):

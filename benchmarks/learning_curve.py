@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from recipes import FIGURES, answers, errors, figures, options, resample
+from recipes import FIGURES, answers, errors, figures, parsed, resample
 
 
 def arguments():
@@ -31,8 +31,7 @@ def arguments():
     parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 2000], help="numbers of bins, in addition to all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-boot", type=int, default=2000)
-    ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    return parser.parse_args(ours), options(sys.argv[len(ours) + 2:])
+    return parsed(parser)
 
 
 def some(rows, n, seed):

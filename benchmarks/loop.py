@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from recipes import FIGURES, answers, compared, options, synthetic
+from recipes import FIGURES, answers, compared, parsed, synthetic
 
 WAYS = ("wrong", "random", "queue", "true")
 
@@ -41,12 +41,11 @@ def arguments():
     parser.add_argument("--part", choices=["valid", "test"], default="test")
     parser.add_argument("--n-boot", type=int, default=2000)
     parser.add_argument("--n", type=int, default=240, help="synthetic bins, without DATA")
-    ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    args = parser.parse_args(ours)
+    args, settings = parsed(parser)
     if args.data is None:
         args.data, args.manifest = args.out / "bins", args.out / "manifest.csv"
         if not args.manifest.exists(): synthetic(args.out, args.n)
-    return args, options(sys.argv[len(ours) + 2:])
+    return args, settings
 
 
 def falsified(args, rows, seed):

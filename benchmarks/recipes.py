@@ -36,9 +36,13 @@ def arguments():
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="RECIPE", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--n-boot", type=int, default=2000)
     parser.add_argument("--n", type=int, default=240, help="synthetic bins, without DATA")
+    return parsed(parser)
+
+
+def parsed(parser, cls=None):
+    "The arguments before `--`, and the options of `binvision train` after it."
     ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    rest = sys.argv[len(ours) + 2:]
-    return parser.parse_args(ours), options(rest)
+    return parser.parse_args(ours), options(sys.argv[len(ours) + 2:], cls)
 
 
 def options(rest, cls=None):

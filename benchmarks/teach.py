@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes import FIGURES, answers, compared, options, seconds, synthetic
+from recipes import FIGURES, answers, compared, parsed, seconds, synthetic
 
 LESSONS = ("kinds", "volume", "weight", "words")
 IDEAS = {"plain": {}, **{f"lesson {name}": {"teach": name} for name in LESSONS}, "all lessons": {"teach": ",".join(LESSONS)},
@@ -42,8 +42,7 @@ def arguments():
     parser.add_argument("--together", nargs="+", choices=list(IDEAS), default=TOGETHER, metavar="IDEA", help=f"by default {', '.join(TOGETHER)}")
     parser.add_argument("--n-boot", type=int, default=2000)
     parser.add_argument("--n", type=int, default=240, help="synthetic bins, without DATA")
-    ours = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    return parser.parse_args(ours), options(sys.argv[len(ours) + 2:])
+    return parsed(parser)
 
 
 def table(runs, data, manifest, n_boot):

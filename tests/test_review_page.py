@@ -27,7 +27,7 @@ from binvision.review.reviews import open_reviews
 from binvision.review.server import page_part, review_app
 from binvision.review.study import study
 
-from test_page import FLAGS, PROGRAM
+from test_page import PROGRAM, browser  # noqa: F401, a fixture
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium or chrome is installed")
@@ -66,14 +66,6 @@ def photos(data): return sorted((data / "bin-images").iterdir())[:6]
 
 @pytest.fixture
 def check(tmp_path, photos): return make_check(tmp_path, photos)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=PROGRAM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

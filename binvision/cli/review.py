@@ -16,12 +16,12 @@ from .options import command
 from ..ground.core import UsageError
 from ..ground.settings import Share
 
-# %% ../../nbs/13_cli/10_review.ipynb #bacd021b
-def _verified(place, known):
+# %% ../../nbs/13_cli/10_review.ipynb #c0f0c1a4
+def _verified(place):
     "Say whether the chain holds; a broken one ends with exit status 1."
     from binvision.review.reviews import verify
 
-    found = verify(place, known)
+    found = verify(place)
     typer.echo(str(found))
     if found.broken is not None: raise typer.Exit(1)
 
@@ -51,7 +51,7 @@ def _reported(folder, store):
     finally: log.close()
     typer.echo(f"{report.figures.to_string(float_format='{:.2f}'.format, na_rep='')}\n{report}")
 
-# %% ../../nbs/13_cli/10_review.ipynb #a3ea57d0
+# %% ../../nbs/13_cli/10_review.ipynb #aca7207d
 @command
 def _review(
     check:Path, # folder that binvision check wrote; with --study, the folder of the study
@@ -68,7 +68,7 @@ def _review(
     no_open:bool=False, # do not open a browser
 ):
     "Work through the queue of a check in a browser. Ctrl-C or SIGTERM ends it; what the page calls saved is kept."
-    if verify: return _verified(check if store is None else store, None)
+    if verify: return _verified(check if store is None else store)
     if study: _studied(check, data, manifest)
     from binvision.review.server import serve_reviews
 

@@ -19,7 +19,7 @@ from .log import Log
 from .photos import Bins, opinion
 from .turns import Turns
 
-# %% ../../nbs/10_review/08_desk.ipynb #49a11554
+# %% ../../nbs/10_review/08_desk.ipynb #8a340f09
 class Desk:
     "A queue, its log and whose turn is which bin. Raises `UsageError` for an impossible overlap."
     def __init__(self,
@@ -31,7 +31,6 @@ class Desk:
         self.ids = bins.queue["id"].astype(str).tolist()
         self.place = {id: place for place, id in enumerate(self.ids, 1)}
         self.turns = Turns(self.ids, log, overlap)
-        self.by_key, self.read = {}, 0 # key of a request → entry; entries that are in it
 
     def __repr__(self): return f"Desk: {self.bins}, {self.log}"
 
@@ -105,16 +104,14 @@ def opinion(self:Desk,
     finding = None if self.bins.study else self.bins.finding(self.ids[place - 1])
     return finding and opinion(finding) | {"recorded": finding["recorded"]}
 
-# %% ../../nbs/10_review/08_desk.ipynb #629d3a14
+# %% ../../nbs/10_review/08_desk.ipynb #787351d0
 @patch
 def _sequence(self:Desk, said):
     "The line of a judgement that is named by its number or by the key of its request."
-    for entry in self.log.entries(self.read):
-        self.read += 1
-        if "key" in entry: self.by_key[entry["key"]] = entry["sequence"]
-    found = said if type(said) is int else self.by_key.get(said) if isinstance(said, str) else None
+    if type(said) is int: return said
+    found = self.log.of_request(said) if isinstance(said, str) else None
     if found is None: raise Problem(409, "nothing-to-undo", "that judgement is not in the log")
-    return found
+    return found["sequence"]
 
 
 @patch

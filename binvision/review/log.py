@@ -135,6 +135,16 @@ def append(self:Log,
                 return self._said[place]
         raise DataError("reviews: others write all the time; this one is not saved", "try again")
 
+# %% ../../nbs/10_review/00_log.ipynb #622c59e4
+@patch
+def of_request(self:Log,
+    key:str, # name of the request
+)->dict|None: # its line
+    "The line that a request made, if it is in the log."
+    with self._turn:
+        self._read()
+        return self._keys.get(key)
+
 # %% ../../nbs/10_review/00_log.ipynb #a730a25b
 def _sync_folder(path):
     "Let the name of a new file survive a power cut."
