@@ -19,7 +19,7 @@ from pathlib import Path
 from recipes import FIGURES, answers, compared, parsed, seconds, synthetic
 
 LESSONS = ("kinds", "volume", "weight", "words")
-IDEAS = {"plain": {}, **{f"lesson {name}": {"teach": name} for name in LESSONS}, "all lessons": {"teach": ",".join(LESSONS)},
+IDEAS = {"plain": {}, **{f"lesson {name}": {"lessons": name} for name in LESSONS}, "all lessons": {"lessons": ",".join(LESSONS)},
          "pairs 0.3": {"pairs": .3}, "pairs 1": {"pairs": 1.}, "drop path 0.1": {"drop_path": .1}, "soft 0.2": {"loss": "soft", "soft_share": .2},
          "body rate 0.1": {"body_lr": .1}, "body rate 1": {"body_lr": 1.}, "bfloat16": {"precision": "bf16"}}
 TOGETHER = ["all lessons", "pairs 0.3", "drop path 0.1"]

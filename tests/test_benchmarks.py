@@ -109,7 +109,7 @@ def test_ideas_together_are_settings_that_a_training_takes():
     from binvision.train.settings import TrainSettings
 
     made = together(TOGETHER)
-    assert made == {"teach": "kinds,volume,weight,words", "pairs": .3, "drop_path": .1}
+    assert made == {"lessons": "kinds,volume,weight,words", "pairs": .3, "drop_path": .1}
     for own in (*IDEAS.values(), made): checked(TrainSettings, own)
 
 

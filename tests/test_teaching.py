@@ -15,7 +15,7 @@ from binvision.model.predict import predict
 from binvision.train.train import train
 
 BASE = dict(arch="test_resnet", weights=None, size=32, batch_size=8, epochs=2, lr=.01, seed=3, device="cpu")
-ALL = dict(teach="kinds,volume,weight,words", pairs=.5, drop_path=.3, precision="bf16", ema=.9, loss="soft", soft_share=.2)
+ALL = dict(lessons="kinds,volume,weight,words", pairs=.5, drop_path=.3, precision="bf16", ema=.9, loss="soft", soft_share=.2)
 
 
 class Stop(Exception): pass
@@ -40,7 +40,7 @@ def plain(tmp_path_factory, data, manifest):
     return train(data, manifest, tmp_path_factory.mktemp("plain") / "run", **BASE)
 
 
-@pytest.mark.parametrize("options", [dict(teach="kinds"), dict(teach=["volume", "weight", "words"]), dict(pairs=.5),
+@pytest.mark.parametrize("options", [dict(lessons="kinds"), dict(lessons=["volume", "weight", "words"]), dict(pairs=.5),
                                      dict(drop_path=.5), dict(precision="bf16"), dict(loss="soft")], ids=lambda o: next(iter(o)))
 def test_an_option_changes_the_weights_and_the_folder_needs_a_picture_alone(tmp_path, data, manifest, plain, options):
     run = train(data, manifest, tmp_path / "run", **BASE, **options)
@@ -144,12 +144,12 @@ def test_a_pair_that_is_told_apart_costs_less():
 
 
 def test_what_cannot_be_had_is_refused_before_it_costs_anything(tmp_path, data, manifest):
-    for wrong, why in ((dict(teach="kinds", cache=False), "decoded once"), (dict(pairs=1., balanced=True), "one order"), (dict(teach="colour"), "kinds, volume"),
+    for wrong, why in ((dict(lessons="kinds", cache=False), "decoded once"), (dict(pairs=1., balanced=True), "one order"), (dict(lessons="colour"), "kinds, volume"),
                        (dict(drop_path=.2, arch="resnet18"), "drop_path 0.2: resnet18"), (dict(drop_path=1.), "drop_path"), (dict(body_lr=0.), "body_lr"),
-                       (dict(precision="fp8"), "precision"), (dict(soft_share=.5), "soft_share"), (dict(teach=""), "lesson"), (dict(teach=[]), "lesson")):
+                       (dict(precision="fp8"), "precision"), (dict(soft_share=.5), "soft_share"), (dict(lessons=""), "lesson"), (dict(lessons=[]), "lesson")):
         with pytest.raises(UsageError, match=why): train(data, manifest, tmp_path / "run", **BASE | dict(workers=0) | wrong)
     for folder in ("bin-images",): (tmp_path / "bins").mkdir(); (tmp_path / "bins" / folder).symlink_to(data / folder)
-    with pytest.raises(DataError, match="teach: no bin"): train(tmp_path / "bins", manifest, tmp_path / "run", **BASE, teach="kinds")
+    with pytest.raises(DataError, match="lessons: no bin"): train(tmp_path / "bins", manifest, tmp_path / "run", **BASE, lessons="kinds")
     assert not (tmp_path / "run").exists()
 
 
@@ -162,7 +162,7 @@ def test_a_run_from_before_these_settings_goes_on(tmp_path, data, manifest):
 
     with pytest.raises(Stop): train(data, manifest, tmp_path / "run", **BASE, cbs=[StopAt(1)])
     file = tmp_path / "run/config.json"
-    new = {"body_lr", "drop_path", "soft_share", "teach", "teach_weight", "catalogue", "pairs", "precision"}
+    new = {"body_lr", "drop_path", "soft_share", "lessons", "lesson_weight", "catalogue", "pairs", "precision"}
     config = json.loads(file.read_text())
     assert new <= set(config) and new <= set(vars(TrainSettings()))
     file.write_text(json.dumps({name: value for name, value in config.items() if name not in new}))
@@ -214,7 +214,7 @@ def test_lessons_and_pairs_in_two_processes(tmp_path, data, manifest):
     (tmp_path / "rank.py").write_text(SEVERAL)
     several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--num_processes", "2", "--main_process_port", "0"]
-    options = BASE | dict(teach="kinds,words", pairs=1., batch_size=4, epochs=1)
+    options = BASE | dict(lessons="kinds,words", pairs=1., batch_size=4, epochs=1)
     done = subprocess.run([sys.executable, *several, str(tmp_path / "rank.py"), str(data), str(manifest), str(tmp_path / "run"), json.dumps(options)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -68,8 +68,8 @@ def record_lessons(
     bins = cat.bins.drop_duplicates("id").set_index("id").reindex(rows["id"])
     known = (bins["quantity_sum"] == rows["count"].to_numpy()).fillna(False).to_numpy(bool)
     if not known.any():
-        raise DataError("teach: no bin of the train part has a document whose quantities sum to its count",
-                        "fetch the metadata documents, or train without teach")
+        raise DataError("lessons: no bin of the train part has a document whose quantities sum to its count",
+                        "fetch the metadata documents, or train without lessons")
     ids = rows["id"].to_numpy()
     found = {}
     for name in names:

@@ -68,12 +68,12 @@ def bin_learner(
     drop_path:float=TrainSettings.drop_path, # how often a training leaves out the last block of the body
     precision:str=TrainSettings.precision, # auto, fp32 or bf16
     lessons:dict|None=None, # from record_lessons, in the order of the train part
-    teach_weight:float=TrainSettings.teach_weight, # of the lessons in the loss
+    lesson_weight:float=TrainSettings.lesson_weight, # of the lessons in the loss
     pairs:float=TrainSettings.pairs, # weight of a loss on the difference between two photos of one bin
     **kwargs, # passed to fastai's Learner
 )->Learner: # frozen except for the head if the weights are pretrained
     "A fastai `Learner` that counts items. Raises `ModelError` or `UsageError` for what cannot be had."
-    extra, loss_func = record_callbacks(dls, lessons, teach_weight, pairs), count_loss(loss, len(dls.vocab), soft_share)
+    extra, loss_func = record_callbacks(dls, lessons, lesson_weight, pairs), count_loss(loss, len(dls.vocab), soft_share)
     learn = Learner(dls, _network(dls, arch, weights, drop_path, precision, lessons), loss_func=loss_func,
                     splitter=layer_groups, path=path, model_dir="checkpoints", metrics=[accuracy, mae(list(dls.vocab))],
                     cbs=[ChannelsLast(), *extra], **kwargs)
@@ -94,11 +94,11 @@ def configured_learner(
     s, lessons = settings, None
     dls = bin_dataloaders(data, manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment, s.workers, s.device,
                           s.cache, s.balanced)
-    if s.teach is not None:
+    if s.lessons is not None:
         cat = catalogue(data, images=False) if s.catalogue is None else as_catalogue(s.catalogue)
-        lessons = record_lessons(cat, manifest[manifest["part"] == "train"], s.teach.split(","))
+        lessons = record_lessons(cat, manifest[manifest["part"] == "train"], s.lessons.split(","))
     learn = bin_learner(dls, s.arch, None if resumed else s.weights, path, s.loss, s.soft_share, s.drop_path,
-                        s.precision, lessons, s.teach_weight, s.pairs, wd=s.weight_decay)
+                        s.precision, lessons, s.lesson_weight, s.pairs, wd=s.weight_decay)
     learn.weights = s.weights
     return learn
 

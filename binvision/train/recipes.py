@@ -190,16 +190,16 @@ class Pairs(_OfPlaces):
 def record_callbacks(
     dls:DataLoaders, # from bin_dataloaders; with pairs, the order of training changes
     lessons:dict|None=None, # from record_lessons, in the order of the train part
-    teach_weight:float=TrainSettings.teach_weight, # of the lessons in the loss
+    lesson_weight:float=TrainSettings.lesson_weight, # of the lessons in the loss
     pairs:float=TrainSettings.pairs, # weight of the loss on differences; 0 is none
 )->list:
     "Callbacks for lessons and pairs. Raises `UsageError` for loaders that cannot have them."
     if not (lessons or pairs): return []
     if dls.train.pixels is None:
-        raise UsageError(f"teach and pairs need pictures that are decoded once, and these are {dls.pictures}",
+        raise UsageError(f"lessons and pairs need pictures that are decoded once, and these are {dls.pictures}",
                          "pass a folder for them: cache (--cache)")
     if pairs and dls.train.balance is not None:
         raise UsageError("pairs and balanced: an epoch has one order", "choose one of them")
     dls.train.paired = pairs > 0
-    cbs = [Teach(lessons, teach_weight)] if lessons else []
+    cbs = [Teach(lessons, lesson_weight)] if lessons else []
     return cbs + ([Pairs(dls.train.ranks, list(dls.vocab), pairs)] if pairs else [])

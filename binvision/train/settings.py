@@ -69,9 +69,9 @@ class TrainSettings:
     soft_share:Annotated[float, Field(gt=0, lt=.5)]=.1 # of a label, what the soft loss gives to each neighbouring count
     ema:Annotated[float, Field(ge=0, lt=1)]=0. # decay of averaged weights; 0 is none
     balanced:bool=False # draw each count equally often
-    teach:Lessons|None=None # what else the record teaches: kinds, volume, weight, words, with commas; None for nothing
-    teach_weight:Annotated[float, Field(gt=0, le=100)]=.3 # of these lessons in the loss
-    catalogue:str|Path|None=None # a catalogue of the data set, for teach; None for the documents themselves
+    lessons:Lessons|None=None # what else the record teaches: kinds, volume, weight, words, with commas; None for nothing
+    lesson_weight:Annotated[float, Field(gt=0, le=100)]=.3 # of these lessons in the loss
+    catalogue:str|Path|None=None # a catalogue of the data set, for lessons; None for the documents themselves
     pairs:Annotated[float, Field(ge=0, le=100)]=0. # weight of a loss on how two photos of a bin differ; 0 is none
     precision:Literal["auto", "fp32", "bf16"]="auto" # fp32 or bf16; auto takes bf16 or fp16 on CUDA, else fp32
     cache:str|Path|bool|None=None # a folder for decoded pictures; None for memory, if they fit; False (none on a command line) for no cache
