@@ -81,6 +81,8 @@ def postgres():
     do = lambda *args: subprocess.run([*user, f"{folders[0]}/{args[0]}", *args[1:]], check=True, capture_output=True, text=True, cwd=home)
     try:
         do("initdb", "-D", f"{home}/data", "-U", "binvision", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
+        access = Path(home) / "data/pg_hba.conf"
+        access.write_text("host all anna all scram-sha-256\n" + access.read_text())  # of all users anna alone needs her password
         options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off -c shared_buffers=16MB"
         do("pg_ctl", "-D", f"{home}/data", "-l", f"{home}/log", "-w", "-t", "60", "-o", options, "start")
         try: yield f"postgresql://binvision:secret@127.0.0.1:{port}/postgres"

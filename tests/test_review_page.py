@@ -1,5 +1,6 @@
 """The review page in a real browser: keys, undo, a tab that closes, a server that is killed, a phone, screen readers, tokens, hostile names."""
 import base64
+import contextlib
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pandas as pd
 import pytest
+import sqlalchemy
 from typer.testing import CliRunner
 
 from binvision.check.queue import queue
@@ -369,62 +371,111 @@ def answers(port):
 FORKS = """
 import os, sys
 import uvicorn, uvicorn.loops.auto, uvicorn.protocols.http.auto, uvicorn.lifespan.on
-from binvision.ground.web import run_until_sigterm, web_server
-from binvision.review.desk import Desk
-from binvision.review.photos import open_bins
-from binvision.review.reviews import open_reviews
-from binvision.review.server import review_app
-check, port = sys.argv[1], int(sys.argv[2])
-bins = open_bins(check)
-review_app(Desk(bins, open_reviews(check)))
+import binvision.review.server, binvision.review.store
+from binvision.cli.main import main
+sys.argv = ["binvision", "review", *sys.argv[1:], "--no-open"]
 for line in sys.stdin:  # a line asks for a server
     pid = os.fork()
     if not pid:
-        run_until_sigterm(*web_server(review_app(Desk(bins, open_reviews(check))), port=port))
-        os._exit(0)
+        os.dup2(2, 1)
+        try: main()
+        finally: os._exit(0)
     print(pid, flush=True)
     os.waitpid(pid, 0)
 """
 
 
-def test_what_the_page_called_saved_survives_twenty_kills_of_the_server(visit, tmp_path, photos):
-    check, port, saved = make_check(tmp_path, photos, n=600, documents=False), free_port(), set()
-    servers = subprocess.Popen([sys.executable, "-c", FORKS, check, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def servers(*options):
+    "A function that starts the command `review`, once the one before has ended, and returns its process id."
+    process = subprocess.Popen([sys.executable, "-c", FORKS, *map(str, options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start():
-        servers.stdin.write("\n")
-        servers.stdin.flush()
-        return int(servers.stdout.readline())
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    with process:
+        yield start
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def visit_patiently(page, port, by):
+    "Open the page of a server that may still be starting."
+    for _ in range(200):
+        try: return page.goto(f"http://127.0.0.1:{port}/#by={by}")
+        except sync_api.Error: page.wait_for_timeout(100)
+
+
+def test_what_the_page_called_saved_survives_twenty_kills_of_the_server(visit, tmp_path, photos):
+    check, port, saved = make_check(tmp_path, photos, n=600, documents=False), free_port(), set()
 
     def note(reply):
         if not reply.url.endswith("/ask") or reply.status != 200: return
         asked = reply.request.post_data_json
         if asked["what"] == "judge": saved.add(asked["key"])
 
-    pid = start()
-    page = visit("about:blank")
-    page.on("response", note)
-    for _ in range(100):
-        try: page.goto(f"http://127.0.0.1:{port}/#by=anna"); break
-        except sync_api.Error: page.wait_for_timeout(100)
-    ready(page)
-    for kill in range(20):
-        while not answers(port): page.wait_for_timeout(20)
-        for _ in range(5 + kill % 3):
-            page.keyboard.press("3")
-            page.wait_for_timeout(100)
-        os.kill(pid, signal.SIGKILL)
+    with servers(check, "--port", port) as start:
         pid = start()
-    expect(page.locator(".saved")).to_have_text("saved", timeout=20_000)
-    os.kill(pid, signal.SIGTERM)
-    servers.stdin.close()
-    assert servers.wait(20) == 0
-    servers.stdout.close()
+        page = visit("about:blank")
+        page.on("response", note)
+        visit_patiently(page, port, "anna")
+        ready(page)
+        for kill in range(20):
+            while not answers(port): page.wait_for_timeout(20)
+            for _ in range(5 + kill % 3):
+                page.keyboard.press("3")
+                page.wait_for_timeout(100)
+            os.kill(pid, signal.SIGKILL)
+            pid = start()
+        expect(page.locator(".saved")).to_have_text("saved", timeout=20_000)
+        os.kill(pid, signal.SIGTERM)
     keys = Counter(line["key"] for line in lines(check))
     assert len(saved) > 60 and saved <= set(keys) and set(keys.values()) == {1}
     bins = Counter(line["bin"] for line in lines(check))
     assert max(bins.values()) == 1 and page.locator(".pace").inner_text().startswith(f"{len(keys)} judged by you")
     print(f"{len(keys)} judgements, {len(saved)} of them acknowledged while servers were killed 20 times")
+
+
+def command(*args): return CliRunner().invoke(commands, list(map(str, args)))
+
+
+def test_a_team_with_postgresql_loses_nothing_when_servers_go_and_come(visit, tmp_path, check, postgres):
+    admin = sqlalchemy.create_engine(postgres.replace("postgresql", "postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    do = lambda *statements: [connection.exec_driver_sql(statement) for statement in statements]
+    store, port = postgres.replace("binvision:secret", "anna:geheim").replace("/postgres", "/team"), free_port()
+    with admin.connect() as connection, servers(check, "--store", store, "--port", port) as start:
+        do("create role anna login password 'geheim'", "create database team owner anna")
+        pid = start()
+        page = visit("about:blank")
+        visit_patiently(page, port, "anna")
+        ready(page)
+        judge(page, *"1230")
+        page.keyboard.press("u")
+        ready(page, saved=True)
+        os.kill(pid, signal.SIGKILL)
+        pid = start()
+        judge(page, *"45")  # in the time without a server, or after it
+        ready(page, saved=True)
+        do("alter role anna nologin", "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'anna'")
+        judge(page, *"67")
+        expect(page.locator(".saved")).to_contain_text(f"2 not saved: {store.replace('geheim', '***')}: the database refuses")
+        told = command("review", check, "--store", store, "--no-open")
+        assert told.exit_code == 2 and "not permitted to log in" in told.stderr
+        do("alter role anna login")
+        ready(page, saved=True)
+        expect(page.locator(".pace")).to_contain_text("7 judged by you")
+        os.kill(pid, signal.SIGTERM)
+    wrong = store.replace("geheim", "falsch")
+    for args in (["review"], ["review", "--verify"], ["estimate"], ["corrections", "--out", tmp_path / "none.csv"]):
+        told = command(*args, check, "--store", wrong)
+        assert told.exit_code == 2 and "password authentication failed" in told.stderr and "check address, user and password" in told.stderr and "falsch" not in told.output
+    assert "9 lines, unbroken" in command("review", check, "--verify", "--store", store).stdout
+    assert "of 40 records are right" in command("estimate", check, "--store", store).stdout
+    assert "of 7 bins" in command("corrections", check, "--store", store, "--out", tmp_path / "c.csv").stdout
+    with admin.connect() as connection: do("drop database team with (force)", "drop role anna")
+    assert not (check / "reviews.jsonl").exists() and not (tmp_path / "none.csv").exists()
 
 
 # In a cell of a notebook

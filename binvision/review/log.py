@@ -169,7 +169,7 @@ def _add(path, line):
     finally: os.close(fd)
     if new: _sync_folder(path.parent)
 
-# %% ../../nbs/10_review/00_log.ipynb #94b7ecd3
+# %% ../../nbs/10_review/00_log.ipynb #40e98a04
 class ReviewFile(Log):
     "The reviews in a folder. Raises `DataError` for a folder that is not there."
     def __init__(self,
@@ -177,7 +177,7 @@ class ReviewFile(Log):
     ):
         super().__init__()
         if not Path(folder).is_dir():
-            raise DataError(f"{folder}: no folder", "pass the folder that binvision check wrote")
+            raise DataError(f"{folder}: no folder", "pass the folder of a check, or the address of a database")
         self.path = Path(folder)/"reviews.jsonl"
         self._lock = FileLock(Path(folder)/".reviews.lock", timeout=10)
         self._read()

@@ -32,7 +32,7 @@ def leases_table()->Table:
     columns = [Column("bin", Text, primary_key=True), Column("by", Text), Column("until", Float(53))]
     return Table("leases", MetaData(), *columns)
 
-# %% ../../nbs/10_review/01_store.ipynb #35d344d5
+# %% ../../nbs/10_review/01_store.ipynb #9000c447
 @contextlib.contextmanager
 def _refused(shown):
     "Turn what goes wrong with a database, named `shown`, into a `DataError`."
@@ -40,7 +40,7 @@ def _refused(shown):
     except sqlalchemy.exc.SQLAlchemyError as e:
         reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:160]
         raise DataError(f"{shown}: the database refuses ({reason})",
-                        "nothing was saved by this; check that the server runs, and try again") from e
+                        "nothing was saved by this; check address, user and password, and that the server runs") from e
 
 # %% ../../nbs/10_review/01_store.ipynb #d69fe6d2
 class ReviewTable(Log):
