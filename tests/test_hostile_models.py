@@ -609,7 +609,7 @@ def test_a_journal_with_an_odd_line_gives_a_result_or_an_error(line, ending, ope
     (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\nc.jpg\n")
     out, journal = tmp_path / f"out{ending}", tmp_path / f"out{ending}.journal"
     with pytest.MonkeyPatch.context() as patch:  # a first run that is stopped before it finishes
-        patch.setattr("binvision.model.bulk._finish", lambda *_: None)
+        patch.setattr("binvision.model.bulk.finish", lambda *_: None)
         predict_to(opened, tmp_path / "list.txt", out)
     header, first, *_ = journal.read_text().splitlines()
     journal.write_text("\n".join([header, first, line]) + "\n", errors="replace")

@@ -80,7 +80,7 @@ def test_workflows_pin_their_actions_and_ask_for_little(workflow):
     assert all("timeout-minutes" in job for job in described["jobs"].values())
 
 
-LIGHT = ["ground", "synthetic", "data", "fetch", "split", "model", "review", "serve", "cli"]
+LIGHT = ["ground", "synthetic", "data", "fetch", "split", "model", "review", "scale", "serve", "cli"]
 
 
 def modules(*wings):

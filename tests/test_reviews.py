@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 
 from binvision.check.estimate import LastWords, estimate, parse_reviews, read_reviews
+from binvision.data.sources import share_of
 from binvision.ground.core import DataError, UsageError, sha256
 from binvision.review.agreement import agreement, alpha
 from binvision.review.corrections import corrections
 from binvision.review.log import ReviewFile, checked_entry, review_line
 from binvision.review.reviews import open_reviews, verify
 from binvision.review.study import stratified, study, study_report
-from binvision.review.turns import Turns, share_of
+from binvision.review.turns import Turns
 from binvision.split.corrections import correct, read_corrections
 from binvision.split.manifest import read_manifest
 

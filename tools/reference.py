@@ -22,6 +22,7 @@ WINGS = {
     "search": ("Search", "Which settings train best: a study that processes and machines share."),
     "check": ("Check", "The record against the picture: evidence, verdicts, the queue, estimates, changes, labels, drift."),
     "review": ("Review", "What people say of bins: a log that loses nothing, turns, the page, agreement, and the way back into training."),
+    "scale": ("Scale", "Several machines share out the pictures, and their parts become the file of one machine."),
     "serve": ("Serve", "A model as an HTTP service, with limits and a page for people."),
     "cli": ("Commands", "The command line, with a table of the options of each command."),
 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/09_check.ipynb #4abb08e6
+# %% ../../nbs/13_cli/09_check.ipynb #c4374265
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from pydantic import Field
 from .options import command
 from ..ground.core import UsageError
 from ..check.settings import CheckSettings
+from ..data.sources import read_shard
 from ..ground.settings import AtLeastOne, Seed, takes
 
 # %% ../../nbs/13_cli/09_check.ipynb #1c0d1aa2
@@ -42,7 +43,7 @@ def _rates(pairs):
         except ValueError: raise UsageError(f"--rate {pair!r}: not understood", "pass KIND=SHARE, such as --rate one-off=0.01") from None
     return found or None
 
-# %% ../../nbs/13_cli/09_check.ipynb #eec068cf
+# %% ../../nbs/13_cli/09_check.ipynb #ad0fb11a
 @command
 @takes(CheckSettings)
 def _check(
@@ -57,11 +58,15 @@ def _check(
     batch_size:AtLeastOne=8, # pictures that go through the network together
     shown:Annotated[int, Field(ge=0, le=1000)]=24, # bins to show on the page
     overwrite:bool=False, # look at all pictures again
+    shard:str|None=None, # only look at one part of the pictures, such as 3/8, and write a part for binvision merge
     **kwargs,
 ):
     "Compare every record with its picture: findings, the queue of bins to look at, and a page."
-    from binvision.check.check import check
+    from binvision.check.check import check, look
 
+    if shard:
+        part = look(model, data, read_shard(shard), out, batch_size, overwrite, bool(kwargs.get("picture_only")))
+        return typer.echo(f"{part.out}: {part.n:,} pictures, {part.failed:,} without an answer")
     done = check(model, data, out, budget, random, value, _rates(rate), seed, batch_size, shown, overwrite, **kwargs)
     for note in done.queue.notes: typer.echo(f"note: {note}", err=True)
     typer.echo(f"{done}\nqueue: {out/'queue.csv'}\nopen {out/'check.html'}")

@@ -9,8 +9,8 @@ __all__ = ['main']
 from . import check, data, demo, fetch, model, review, search, serve, train
 from .app import app
 
-# %% ../../nbs/13_cli/11_main.ipynb #86ee8090
-_ORDER = "demo synthesize fetch index catalogue explore split folds train search evaluate ensemble export predict evidence check review estimate corrections changes labels drift serve".split()
+# %% ../../nbs/13_cli/11_main.ipynb #4c9cac02
+_ORDER = "demo synthesize fetch index catalogue explore split folds train search evaluate ensemble export predict merge evidence check review estimate corrections changes labels drift serve".split()
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.name))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/05_model.ipynb #f09b6ae8
+# %% ../../nbs/13_cli/05_model.ipynb #90784e39
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from .app import name_failures, say
 from .options import command
+from ..data.sources import read_shard
 from ..ground.core import UsageError, visible
 from ..ground.settings import AtLeastOne, AtLeastZero, Batch, Seed, Share
 
@@ -110,20 +111,24 @@ def _print_answers(model, paths, batch_size, as_json):
             say(f"{p.count:5}  {plausible}{p.confidence:4.0%}  {p.mean:5.2f}  {visible(p.source)}")
     return failed
 
-# %% ../../nbs/13_cli/05_model.ipynb #50c9af68
+# %% ../../nbs/13_cli/05_model.ipynb #97fb1ccc
+def _say_written(done):
+    "What a file of results holds; its first hundred failures on stderr."
+    before = f", {done.resumed:,} of them by an earlier run" if done.resumed else ""
+    say(f"{done.out}: {done.n:,} pictures{before}, {done.failed:,} without a count")
+    failures = list(done.first_failures)
+    if more := done.failed - len(failures): failures.append(("and", f"{more:,} more; see the column error in {done.out}"))
+    name_failures(failures, 2 if done.failed == done.n else 1, named=101)
+
+
 def _predict_to(model, source, out, *settings):
     "Results into a file; the first hundred failures are named on stderr."
     from binvision.model.bulk import predict_to
 
     if len(source) > 1: raise UsageError(f"--out with {len(source)} arguments: takes one", "pass a folder, or a list of pictures")
-    done = predict_to(model, source[0], out, *settings)
-    before = f", {done.resumed:,} of them by an earlier run" if done.resumed else ""
-    say(f"{out}: {done.n:,} pictures{before}, {done.failed:,} without a count")
-    failures = list(done.first_failures)
-    if more := done.failed - len(failures): failures.append(("and", f"{more:,} more; see the column error in {out}"))
-    name_failures(failures, 2 if done.failed == done.n else 1, named=101)
+    _say_written(predict_to(model, source[0], out, *settings))
 
-# %% ../../nbs/13_cli/05_model.ipynb #95b766a7
+# %% ../../nbs/13_cli/05_model.ipynb #a07ae100
 @command
 def _predict(
     model:Path, # model folder, such as runs/first/model
@@ -135,11 +140,25 @@ def _predict(
     backend:Literal["cuda", "int8", "fp32"]|None=None, # what runs the network; None for the fastest available
     threads:Annotated[int, Field(ge=1)]|None=None, # processor threads to use; None for all cores
     overwrite:bool=False, # replace OUT if it exists
+    shard:str|None=None, # answer one part of the pictures, such as 3/8, into OUT.3-of-8.part, for binvision merge
 ):
     "Count the items in pictures. Each is printed as soon as it is known."
     from binvision.model.predict import load_model
 
-    if out: return _predict_to(model, source, out, root, batch_size, backend, threads, overwrite)
+    if shard and not out: raise UsageError("--shard without --out", "say which file the parts will become: --out results.parquet")
+    if out: return _predict_to(model, source, out, root, batch_size, backend, threads, overwrite, shard and read_shard(shard))
     paths = [path for s in source for path in _pictures(s, root)]
     failed = _print_answers(load_model(model, backend, threads), paths, batch_size, as_json)
     name_failures(failed, 2 if len(failed) == len(paths) else 1)
+
+# %% ../../nbs/13_cli/05_model.ipynb #0f4a24cf
+@command
+def _merge(
+    parts:list[Path], # all parts of one run, such as results.parquet.*.part
+    out:Annotated[Path, typer.Option("--out", show_default=False)], # file for the results, .parquet or .jsonl
+    overwrite:bool=False, # replace OUT if it exists
+):
+    "Merge the parts that predict --shard or check --shard wrote into one file, sorted by id."
+    from binvision.scale.shards import merge
+
+    _say_written(merge(parts, out, overwrite))
