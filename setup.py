@@ -28,7 +28,7 @@ setup(
     package_data={"": ["*.html", "*.css", "*.js", "*.svg", "static/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "weights")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "weights", "ray")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -90,7 +90,9 @@ ONLY_HERE = {
 def test_options_are_the_parameters_of_the_function(command):
     import importlib
     import inspect
+    from dataclasses import asdict
 
+    from binvision.scale.settings import EngineSettings
     from binvision.serve.limits import ServeSettings
 
     function = getattr(importlib.import_module(f"binvision.{FUNCTIONS[command]}"), command)
@@ -98,6 +100,7 @@ def test_options_are_the_parameters_of_the_function(command):
     known = set(inspect.signature(function).parameters)
     if command in ("fetch", "index"): known |= {"endpoint", "region", "profile", "timeout", "attempts"}  # of fetch.bucket.Bucket
     if command == "serve": known |= set(ServeSettings.model_fields)
+    if command == "predict": known |= {"shard", "engine", *asdict(EngineSettings())}
     assert options <= known, options - known
 
 

@@ -156,3 +156,11 @@ def test_a_check_is_shared_out(bins, tmp_path):
     assert done.n == whole.n
     pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / x / "findings.parquet") for x in ("whole", "shared")))
     with pytest.raises(UsageError, match="already exists"): look(SMALL, bins, Shard(1, 3), tmp_path / "whole", picture_only=True)
+
+
+def test_an_engine_takes_one_source_and_a_file(bins, tmp_path):
+    out = ["--out", tmp_path / "r.jsonl"]
+    for wrong in (["--shard", "1/2", *out], [], [bins, *out]):
+        assert "--engine ray: takes one" in run("predict", SMALL, bins, *wrong, "--engine", "ray", status=2).stderr
+    assert "without --engine" in run("predict", SMALL, bins, *out, "--workers", "2", status=2).stderr
+    assert "no such file" in run("predict", SMALL, tmp_path / "gone", *out, "--engine", "ray", status=2).stderr

@@ -15,7 +15,6 @@ from pydantic import Field
 from .options import command
 from ..ground.core import UsageError
 from ..check.settings import CheckSettings
-from ..data.sources import read_shard
 from ..ground.settings import AtLeastOne, Seed, takes
 
 # %% ../../nbs/13_cli/09_check.ipynb #1c0d1aa2
@@ -63,6 +62,7 @@ def _check(
 ):
     "Compare every record with its picture: findings, the queue of bins to look at, and a page."
     from binvision.check.check import check, look
+    from binvision.data.sources import read_shard
 
     if shard:
         part = look(model, data, read_shard(shard), out, batch_size, overwrite, bool(kwargs.get("picture_only")))

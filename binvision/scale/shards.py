@@ -28,8 +28,11 @@ def _plan(part):
     except (ValueError, LookupError, TypeError, UsageError): pass
     raise DataError(f"{part}: no part of a result", "pass files that --shard wrote; their names end in .part")
 
-# %% ../../nbs/11_scale/00_shards.ipynb #b3852a4c
-def _common(part): return {k: v for k, v in _plan(part).items() if k not in ("shard", "pictures", "n")} | {"parts": _plan(part)["shard"].split("/")[1]}
+# %% ../../nbs/11_scale/00_shards.ipynb #f9a84a37
+def _common(part):
+    "What a part has in common with the others, and their number."
+    plan = _plan(part)
+    return {k: v for k, v in plan.items() if k not in ("shard", "pictures", "n")} | {"parts": plan["shard"].split("/")[1]}
 
 
 def _check_parts(parts):
@@ -37,11 +40,15 @@ def _check_parts(parts):
     common = _common(parts[0])
     for part in parts:
         if _common(part) != common:
-            raise UsageError(f"{part}: of another run than {parts[0]}: another model, backend or number of parts", "merge the parts of one run")
+            raise UsageError(f"{part}: of another run than {parts[0]}: another model, backend or number of parts",
+                             "merge the parts of one run")
     of, found = int(common.pop("parts")), Counter(int(_plan(part)["shard"].split("/")[0]) for part in parts)
-    for what, numbers in (("missing", [k for k in range(1, of + 1) if not found[k]]), ("there twice", [k for k, n in found.items() if n > 1])):
+    missing, double = [k for k in range(1, of + 1) if not found[k]], [k for k, n in found.items() if n > 1]
+    for what, numbers in (("missing", missing), ("there twice", double)):
         named = ", ".join(f"{k}/{of}" for k in sorted(numbers)[:20]) + (" …" if len(numbers) > 20 else "")
-        if numbers: raise UsageError(f"parts {what}: {named}", "pass each part once; the same predict or check with --shard writes a missing one")
+        if numbers:
+            raise UsageError(f"parts {what}: {named}",
+                             "pass each part once; the same predict or check with --shard writes a missing one")
     return common
 
 # %% ../../nbs/11_scale/00_shards.ipynb #951d0ae4
