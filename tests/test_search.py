@@ -1,8 +1,10 @@
 """What the notebooks of the search wing cannot show in seconds: workers that are killed, a real database server, failures in the middle of a study."""
+import contextlib
 import functools
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -114,6 +116,55 @@ def test_ctrl_c_gives_the_trial_back_at_once(data, manifest, tmp_path, monkeypat
     assert list(table_of(tmp_path / "search").state) == ["complete", "released", "waiting"]
     table = table_of(search(data, manifest, tmp_path / "search", trials=2, **settings))
     assert list(table.state) == ["complete", "released", "complete"]
+
+
+def caught_by_a_library(path):
+    try: signal.raise_signal(signal.SIGTERM)
+    except: pass
+
+
+def lost_at_the_end_of_an_object(path):
+    class Ending:
+        def __del__(self): signal.raise_signal(signal.SIGTERM)
+    Ending()
+
+
+def lost_in_a_callback_of_c(path):
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.create_function("stop", 0, lambda: signal.raise_signal(signal.SIGTERM))
+        with contextlib.suppress(sqlite3.OperationalError): db.execute("select stop()")
+
+
+def raised_in_a_query(path):
+    "The traceback of an exception would hold the rows, and they a lock: whoever writes to the database would wait a minute, in vain."
+    rows = sqlite3.connect(path).execute("select * from trials, trial_user_attributes")
+    next(rows)
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("moment", [caught_by_a_library, lost_at_the_end_of_an_object, lost_in_a_callback_of_c, raised_in_a_query])
+def test_a_worker_gives_its_trial_back_wherever_the_signal_finds_it(data, manifest, tmp_path, monkeypatch, moment):
+    from binvision.search import trial as module
+    from binvision.search.trial import make_job, open_study
+    from binvision.search.workers import _process
+
+    real, calls = module.ReportEpoch.after_epoch, []
+
+    def signalled(self):
+        calls.append(1)
+        if len(calls) == 1: moment(tmp_path / "study.db")
+        real(self)
+
+    monkeypatch.setattr(module.ReportEpoch, "after_epoch", signalled)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    job = make_job(data, manifest, tmp_path, dict(space={"lr": {"low": 1e-3, "high": 2e-3}}, weights=None, epochs=30, trials=1, pruner="none", **SETTINGS))
+    usual = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended: _process(job, 0)
+    finally:
+        for number, handler in usual.items(): signal.signal(number, handler)
+    assert ended.value.code == 130 and len(calls) <= 2
+    assert [t.state.name for t in open_study(job)[1].trials] == ["FAIL", "WAITING"]
 
 
 def test_two_workers_on_a_postgresql_server_and_one_is_killed(data, manifest, space, tmp_path, postgres, capfd):

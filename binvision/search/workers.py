@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_trial', 'worker_name', 'work', 'run_workers']
 
-# %% ../../nbs/08_search/06_workers.ipynb #50fa69c0
+# %% ../../nbs/08_search/06_workers.ipynb #4e421ae1
 import contextlib
 import gc
 import multiprocessing
@@ -26,8 +26,9 @@ from optuna.trial import TrialState
 
 from ..ground.core import BinvisionError, UsageError, rng
 from ..ground.machine import cores
+from ..ground.signals import held_back, stop_if_asked
 from .study import count_trials, quiet, release_stale, released, trials_table
-from .trial import Job, fit_trial, open_study, orphaned
+from .trial import Job, fit_trial, open_study
 
 # %% ../../nbs/08_search/06_workers.ipynb #3b550012
 @contextlib.contextmanager
@@ -86,11 +87,12 @@ def _objective(study, storage, job, worker, numbers):
         finally: _free_memory(job)
     return objective
 
-# %% ../../nbs/08_search/06_workers.ipynb #2ccfc898
+# %% ../../nbs/08_search/06_workers.ipynb #e3399228
 def _give_back(study, number):
     "Queue an interrupted trial again."
     trial = study.get_trials(deepcopy=False)[number]
-    if trial.state == TrialState.FAIL: RetryHeartbeatStaleTrialCallback()(study, trial)
+    if trial.state == TrialState.RUNNING: study.tell(number, state=TrialState.FAIL)
+    if trial.state in (TrialState.RUNNING, TrialState.FAIL): RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def _failed(study, number): return study.get_trials(deepcopy=False)[number].state == TrialState.FAIL
@@ -137,7 +139,7 @@ def worker_name(
     "The name of a worker; where machines share a database, no two have the same."
     return str(n) if job.search.storage.startswith("sqlite") else f"{platform.node()}-{os.getpid()}"
 
-# %% ../../nbs/08_search/06_workers.ipynb #a1a0d858
+# %% ../../nbs/08_search/06_workers.ipynb #853b7c73
 def work(
     job:Job,
     worker:str, # from worker_name
@@ -145,28 +147,23 @@ def work(
     "Run trials until the study has as many as the job asks for."
     with quiet():
         storage, study = open_study(job)
-        while not orphaned():
+        while True:
+            stop_if_asked()
             release_stale(study, storage)
             ended, running = count_trials(study)
             if ended >= job.search.trials: return
             if ended + running >= job.search.trials: time.sleep(.5)
             else: run_trial(study, storage, job, worker)
 
-# %% ../../nbs/08_search/06_workers.ipynb #c3638987
-def _stop_once(number, frame):
-    "Raise `KeyboardInterrupt`, and ignore the signals that follow."
-    for further in (signal.SIGINT, signal.SIGTERM): signal.signal(further, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-# %% ../../nbs/08_search/06_workers.ipynb #5c48ceae
+# %% ../../nbs/08_search/06_workers.ipynb #ae444454
 def _process(job, n):
     "The main function of a worker process."
     torch.set_num_threads(max(1, cores() // job.search.workers))
     if torch.cuda.is_available() and job.fixed["device"] is None:
         job.fixed["device"] = f"cuda:{n % torch.cuda.device_count()}"
     os.environ["TQDM_DISABLE"] = "1"
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, _stop_once)
-    try: work(job, worker_name(job, n))
+    try:
+        with held_back(then=signal.SIG_IGN): work(job, worker_name(job, n))
     except KeyboardInterrupt: sys.exit(130)
     except (BinvisionError, OptunaError, sqlalchemy.exc.SQLAlchemyError) as e:
         print(f"worker {n}: {e}", file=sys.stderr, flush=True)
@@ -183,7 +180,20 @@ def _calm_imports():
         if before is None: del os.environ["PYTHONWARNINGS"]
         else: os.environ["PYTHONWARNINGS"] = before
 
-# %% ../../nbs/08_search/06_workers.ipynb #01abfe34
+# %% ../../nbs/08_search/06_workers.ipynb #12e2692f
+_PATIENCE = 60 # seconds: time enough for a batch, and to give a trial back
+
+
+def _end(processes, patience=_PATIENCE):
+    "Tell processes to stop, and kill those that have not."
+    for p in processes: p.terminate()
+    last = time.monotonic() + patience
+    for p in processes: p.join(max(0, last - time.monotonic()))
+    for p in processes:
+        p.kill()
+        p.join()
+
+
 def _together(processes):
     "Start processes and wait for all of them; after Ctrl-C too, and it reaches them."
     try:
@@ -191,17 +201,16 @@ def _together(processes):
             for p in processes: p.start()
         for p in processes: p.join()
     except KeyboardInterrupt:
-        started = [p for p in processes if p.pid]
-        for p in started: p.terminate()
-        for p in started: p.join()
+        _end([p for p in processes if p.pid])
         raise
 
-# %% ../../nbs/08_search/06_workers.ipynb #76f401a0
+# %% ../../nbs/08_search/06_workers.ipynb #f99af972
 def run_workers(
     job:Job,
 ):
     "Run all workers of this machine until the study is done. Raises `UsageError` if none of them is left before that."
-    if job.search.workers == 1: return work(job, worker_name(job, 0))
+    if job.search.workers == 1:
+        with held_back(): return work(job, worker_name(job, 0))
     start = multiprocessing.get_context("spawn")
     processes = [start.Process(target=_process, args=(job, n), name=f"worker {n}") for n in range(job.search.workers)]
     _together(processes)

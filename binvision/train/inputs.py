@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_bin', 'FitImage', 'RotateWhole', 'train_transforms', 'decode_images']
 
-# %% ../../nbs/06_train/01_inputs.ipynb #35b2955a
+# %% ../../nbs/06_train/01_inputs.ipynb #8845c6bf
 import fcntl
 import hashlib
 import os
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..ground.core import disk_errors
 from ..ground.machine import cores
 from ..ground.pictures import fit_image, load_image
+from ..ground.signals import stop_if_asked
 
 # %% ../../nbs/06_train/01_inputs.ipynb #cc868928
 def open_bin(
@@ -69,13 +70,15 @@ def train_transforms(
     return setup_aug_tfms([RotateWhole(5 * strength), Flip(p=.5),  # the first takes the others in: one interpolation
                            Brightness(max_lighting=.2 * strength, p=.75), Contrast(max_lighting=.2 * strength, p=.75)])
 
-# %% ../../nbs/06_train/01_inputs.ipynb #949e1c6a
+# %% ../../nbs/06_train/01_inputs.ipynb #5a8ca66e
 def _decode_into(array, paths, resize):
     "Fill `array` with the pictures."
     def decode(n): array[n] = np.asarray(fit_image(load_image(paths[n]), array.shape[1], resize))
-    with ThreadPoolExecutor(cores()) as pool:
+    pool = ThreadPoolExecutor(cores())
+    try:
         done = pool.map(decode, range(len(paths)))
-        for _ in tqdm(done, total=len(paths), desc="decode", unit="image", disable=None, leave=False): pass
+        for _ in tqdm(done, total=len(paths), desc="decode", unit="image", disable=None, leave=False): stop_if_asked()
+    finally: pool.shutdown(cancel_futures=True)
     return array
 
 # %% ../../nbs/06_train/01_inputs.ipynb #eb486de5
