@@ -74,9 +74,10 @@ def balanced_ids(
     "The same number of bins of each count, by one hash order. Raises `UsageError` if a count has too few."
     return _take(_in_hash_order(index, seed, exclude), dict.fromkeys(counts, per_count))
 
-# %% ../../nbs/03_fetch/05_choose.ipynb #127a8b25
+# %% ../../nbs/03_fetch/05_choose.ipynb #95da5c42
 def _blocks(table, blocks=10):
     "Numbers of bins by count and by block of ids. All blocks hold equally many bins."
+    table = table.reset_index(drop=True)  # pandas 2 cannot count rows by an index in which labels occur twice
     ids = table["id"].astype(str)
     if ids.str.fullmatch("[0-9]+").all():
         ids = ids.str.lstrip("0")

@@ -47,11 +47,12 @@ def write_csv(
     texts = {name: table[name].map(to_cell) for name in table.select_dtypes(exclude="number")}
     with atomic_write(path, "w") as file: table.assign(**texts).to_csv(file, index=False, lineterminator="\n")
 
-# %% ../../nbs/00_ground/06_tables.ipynb #0c288ec0
+# %% ../../nbs/00_ground/06_tables.ipynb #d3e1bc2e
 def _separator(header, columns):
     "The separator of a table by its first line. Raises `ValueError` if it could be more than one."
     there = [s for s in ",;\t" if s in header]
-    names = {s: {name.strip() for name in next(csv.reader([header], delimiter=s), [])} for s in there}
+    try: names = {s: {name.strip() for name in next(csv.reader([header], delimiter=s), [])} for s in there}
+    except csv.Error as e: raise ValueError(f"line 1: {e}") from e  # Python 3.10 refuses a zero byte
     if len(there) > 1: there = [s for s in there if names[s].intersection(columns)] or there[:1]
     if len(there) > 1: raise ValueError("more than one sign could be the separator; use commas alone")
     return there[0] if there else ","
@@ -132,7 +133,7 @@ def whole(
     found = re.fullmatch(r"([0-9]{1,6})([.,]0*)?", str(text))
     return int(found[1]) if found else None
 
-# %% ../../nbs/00_ground/06_tables.ipynb #31663e83
+# %% ../../nbs/00_ground/06_tables.ipynb #59bccc47
 def parse_parquet(
     source, # the path of a file, or its bytes
     rows:int=20_000_000, # rows, at most
@@ -144,7 +145,9 @@ def parse_parquet(
     try:
         with pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source) as file:
             if file.metadata.num_rows > rows: raise ValueError(f"it has more than {rows:,} rows")
-            return file.read()
+            table = file.read()
+        table.validate(full=True)
+        return table
     except (OSError, pa.ArrowException) as e: raise ValueError(str(e)) from e
 
 

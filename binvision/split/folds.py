@@ -20,14 +20,21 @@ from ..ground.folders import atomic_folder
 from ..ground.settings import Seed, with_rules
 from .manifest import PARTS, as_manifest, read_manifest, write_manifest
 
-# %% ../../nbs/04_split/03_folds.ipynb #4439587e
+# %% ../../nbs/04_split/03_folds.ipynb #f16c7ade
+def _shuffled(names, seed):
+    "Names as whole numbers, in random order; equal names have equal numbers."
+    different, number = np.unique(names, return_inverse=True)
+    order = np.random.RandomState(int(rng(seed, "folds").integers(2**32))).permutation(len(different))
+    return np.argsort(order)[number]
+
+# %% ../../nbs/04_split/03_folds.ipynb #5e4ab2cd
 def _numbers(rows, k, seed):
     "The fold of each row, 0 to k - 1."
     number = np.empty(len(rows), int)
-    folds = StratifiedGroupKFold(k, shuffle=True, random_state=int(rng(seed, "folds").integers(2**32)))
+    folds, groups = StratifiedGroupKFold(k), _shuffled(rows["group"].astype(str), seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about a count with fewer bins than folds
-        for i, (_, out) in enumerate(folds.split(rows["id"], rows["count"], rows["group"])): number[out] = i
+        for i, (_, out) in enumerate(folds.split(rows["id"], rows["count"], groups)): number[out] = i
     return number
 
 # %% ../../nbs/04_split/03_folds.ipynb #bde0ad5b
