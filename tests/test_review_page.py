@@ -2,6 +2,7 @@
 import base64
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import nbformat
 import pandas as pd
 import pytest
 import sqlalchemy
@@ -95,7 +97,7 @@ def served(check):
     with running(review_app(desk)) as url: yield url, desk
 
 
-def title(page): return page.locator("h2").first.inner_text()
+def title(page): return page.locator(".about h2").inner_text()
 
 
 def judge(page, *keys):
@@ -510,6 +512,71 @@ def test_the_same_module_works_through_the_messages_of_a_widget(visit, served, c
     shown = review(check, by="anna")
     assert isinstance(shown, ReviewWidget) and shown.by == "anna" and shown._esm and repr(shown.desk).startswith("Desk: Bins: 40 of 40")
     assert reply_to(desk, {"number": 1, "photo": "../x"})[0]["problem"]["status"] == 404 and reply_to(desk, {"ask": 3})[0]["problem"]["status"] == 400
+
+
+@contextlib.contextmanager
+def jupyterlab(home):
+    "The port of a JupyterLab of our own, which shows a folder and keeps all that it writes there."
+    port, page_config = free_port(), home / "jupyter/config/labconfig/page_config.json"
+    page_config.parent.mkdir(parents=True)
+    page_config.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
+    places = {f"JUPYTER_{kind.upper()}_DIR": str(home / "jupyter" / kind) for kind in ("config", "data", "runtime")}
+    options = ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--allow-root", f"--ServerApp.root_dir={home}"]
+    with open(home / "jupyter/log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=home, stdout=log, stderr=log, env=os.environ | places | {"IPYTHONDIR": str(home / "jupyter/ipython")})
+    try: yield port
+    finally:
+        process.terminate()
+        try: process.wait(20)
+        except subprocess.TimeoutExpired: process.kill()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jupyterlab"), reason="JupyterLab is not installed")
+def test_in_jupyterlab_the_keys_are_those_of_the_page_once_it_is_clicked(browser, tmp_path, check):
+    cells = ['from binvision.review import review\nreview("check/", by="anna")', '"another cell"']
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)), metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(notebook, tmp_path / "work.ipynb")
+    with jupyterlab(tmp_path) as port, browser.new_context(**DESKTOP) as context:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        for _ in range(600):
+            if answers(port): break
+            page.wait_for_timeout(100)
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/work.ipynb")
+        page.locator("#jp-main-statusbar").get_by_text("Idle").wait_for()  # the kernel is there
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.keyboard.press("Control+Enter")
+        page.locator(".own img").wait_for()
+        ready(page)
+        expect(page.locator(".away")).to_be_visible()
+        page.locator(".about h2").click()
+        expect(page.locator(".away")).to_be_hidden()
+        judge(page, "3", "s")
+        for key in ("x", "d", "d", "m", "y", "ArrowDown", "Shift+Enter"): page.keyboard.press(key)  # in a notebook they cut, delete, turn and run cells
+        judge(page, "r")
+        page.keyboard.press("u")
+        expect(page.locator(".pace")).to_contain_text("2 judged by you · 38 of 40 left")
+        ready(page, saved=True)
+        page.locator(".jp-CodeCell .cm-content").last.click()
+        expect(page.locator(".away")).to_be_visible()
+        page.keyboard.press("5")
+        expect(page.locator(".jp-CodeCell .cm-content").last).to_have_text('"another cell"5')
+        assert page.locator(".jp-Notebook .jp-CodeCell").count() == page.locator(".jp-Notebook .jp-Cell").count() == 2
+    assert [line.get("count", line.get("verdict", line.get("undo"))) for line in lines(check)] == [3, "skip", "retake", 3]
+
+
+def test_a_button_that_is_switched_off_does_not_take_the_keys_with_it(visit, tmp_path, photos):
+    check = make_check(tmp_path, photos, n=1)
+    with running(review_app(Desk(open_bins(check), open_reviews(check)))) as url:
+        page = visit(f"{url}/#by=anna")
+        ready(page)
+        page.get_by_role("button", name="2 items").click()
+        expect(page.locator(".photos")).to_contain_text("All done")
+        expect(page.locator(".photos")).to_be_focused()
+        page.keyboard.press("u")
+        ready(page)
+        page.get_by_role("button", name="Undo").wait_for()
+        expect(page.locator(".photos")).to_be_focused()
 
 
 # The command

@@ -144,7 +144,8 @@ class Review {
     const view = make("div", { className: "view", role: "group", ariaLabel: "View" },
       button("out", "−", () => this.scale(1 / 1.4), { ariaLabel: "Smaller" }), button("fit", "Fit", () => this.fit(), { ariaLabel: "Whole photo" }),
       button("in", "+", () => this.scale(1.4), { ariaLabel: "Larger" }), make("label", { className: "light" }, make("span", { textContent: "Brightness" }), $.light));
-    const stage = make("section", { className: "stage", ariaLabel: "Photo" }, $.photos, view);
+    const away = this.inPage ? null : make("p", { className: "away", textContent: "Click here: then keys judge" });  // shown while the notebook gets the keys
+    const stage = make("section", { className: "stage", ariaLabel: "Photo" }, $.photos, view, away);
 
     $.title = make("h2", { tabIndex: -1 });
     $.why = make("p", { className: "soft" });
@@ -560,8 +561,10 @@ class Review {
     const times = this.times.slice(-20), minutes = (times.at(-1) - times[0]) / 60000, rate = times.length > 2 && minutes > 0 ? (times.length - 1) / minutes : 0;
     const pace = rate ? ` · ${rate < 10 ? rate.toFixed(1) : Math.round(rate)} a minute · about ${Math.max(1, Math.round(this.left / rate))} min left` : "";
     $.pace.textContent = `${this.mine} judged by you · ${this.left} of ${this.n} left${pace}`;
+    const at = document.activeElement;
     $.undo.disabled = !this.history.length;
     for (const name of Object.keys($)) if (/^n[0-9]$|^more$|^retake$|^skip$/.test(name)) $[name].disabled = !this.bin;
+    if (at?.disabled && this.root.contains(at)) $.photos.focus();  // a button that is switched off would lose the keys
   }
 
   problem(text) { this.$.alert.textContent = seen(text); this.$.alert.hidden = !text; }
