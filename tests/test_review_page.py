@@ -443,7 +443,7 @@ def test_what_the_page_called_saved_survives_twenty_kills_of_the_server(visit, t
 def command(*args): return CliRunner().invoke(commands, list(map(str, args)))
 
 
-def test_a_team_with_postgresql_loses_nothing_when_servers_go_and_come(visit, tmp_path, check, postgres):
+def test_a_team_with_postgresql_loses_nothing_when_servers_go_and_come(visit, tmp_path, check, postgres, monkeypatch):
     admin = sqlalchemy.create_engine(postgres.replace("postgresql", "postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     do = lambda *statements: [connection.exec_driver_sql(statement) for statement in statements]
     store, port = postgres.replace("binvision:secret", "anna:geheim").replace("/postgres", "/team"), free_port()
@@ -473,7 +473,8 @@ def test_a_team_with_postgresql_loses_nothing_when_servers_go_and_come(visit, tm
     for args in (["review"], ["review", "--verify"], ["estimate"], ["corrections", "--out", tmp_path / "none.csv"]):
         told = command(*args, check, "--store", wrong)
         assert told.exit_code == 2 and "password authentication failed" in told.stderr and "check address, user and password" in told.stderr and "falsch" not in told.output
-    assert "9 lines, unbroken" in command("review", check, "--verify", "--store", store).stdout
+    monkeypatch.setenv("PGPASSWORD", "geheim")
+    assert "9 lines, unbroken" in command("review", check, "--verify", "--store", store.replace(":geheim", "")).stdout
     assert "of 40 records are right" in command("estimate", check, "--store", store).stdout
     assert "of 7 bins" in command("corrections", check, "--store", store, "--out", tmp_path / "c.csv").stdout
     with admin.connect() as connection: do("drop database team with (force)", "drop role anna")

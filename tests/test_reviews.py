@@ -284,8 +284,19 @@ def test_a_log_written_anew_is_found_by_its_last_hash(tmp_path, lines):
     log = open_reviews(tmp_path)
     log.append(judge(20))
     assert verify(tmp_path, before).broken is None
+    held = run("review", tmp_path, "--verify", "--last", before)
+    assert held.exit_code == 0 and "11 lines, unbroken" in held.stdout and "nothing was cut off or changed" in held.stdout
     log.path.write_bytes(b"".join(lines[:-1]))
     assert verify(tmp_path).broken is None and verify(tmp_path, before).broken == 1
+    cut, whole = run("review", tmp_path, "--verify", "--last", before), run("review", tmp_path, "--verify")
+    assert cut.exit_code == 1 and "lines are missing, or somebody wrote the log anew" in cut.stdout
+    assert whole.exit_code == 0 and f"the last is {verify(tmp_path).last}\nkeep this hash" in whole.stdout
+
+
+@pytest.mark.parametrize("options, told", [(["--verify", "--last", ""], "not the hash of a line"), (["--verify", "--last", "0" * 63], "not the hash of a line"), (["--last", "0" * 64], "pass --verify")])
+def test_a_last_hash_that_is_none_is_refused(tmp_path, lines, options, told):
+    refused = run("review", tmp_path, *options)
+    assert refused.exit_code == 2 and told in refused.stderr
 
 
 def test_an_earlier_file_without_a_chain_goes_on(tmp_path):
@@ -533,7 +544,7 @@ def test_the_command_of_a_study_draws_it_and_ends_with_the_report(data, manifest
 
     place, asked = tmp_path / "study", []
 
-    def serve(check, by, host, port, token, overlap, store, *others):
+    def serve(check, by, overlap, **others):
         asked.append(overlap)
         if len(asked) == 2: judge_as_recorded(open_reviews(check), pd.read_parquet(place / "findings.parquet"))
         raise KeyboardInterrupt

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/10_review.ipynb #9ba55ba7
+# %% ../../nbs/13_cli/10_review.ipynb #65d99849
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +15,18 @@ from pydantic import Field
 
 from .options import command
 from ..ground.core import UsageError
-from ..ground.settings import Share
+from ..ground.settings import Share, takes
 
-# %% ../../nbs/13_cli/10_review.ipynb #c0f0c1a4
-def _verified(place):
-    "Say whether the chain holds; a broken one ends with exit status 1."
+# %% ../../nbs/13_cli/10_review.ipynb #9c499bf0
+def _verified(place, last=None):
+    "Say whether the chain holds and has a line of an earlier time; exit status 1 if not."
     from binvision.review.reviews import verify
 
-    found = verify(place)
+    found = verify(place, last)
     typer.echo(str(found))
     if found.broken is not None: raise typer.Exit(1)
+    typer.echo("the line of --last is there: of the chain before it nothing was cut off or changed" if last else
+               "keep this hash elsewhere: --verify --last HASH finds out whether lines were cut off, or all were written anew")
 
 # %% ../../nbs/13_cli/10_review.ipynb #b4d5d753
 def _studied(folder, data, manifest):
@@ -51,28 +54,38 @@ def _reported(folder, store):
     finally: log.close()
     typer.echo(f"{report.figures.to_string(float_format='{:.2f}'.format, na_rep='')}\n{report}")
 
-# %% ../../nbs/13_cli/10_review.ipynb #aca7207d
+# %% ../../nbs/13_cli/10_review.ipynb #5732df2d
+@dataclass
+class _Address:
+    "Where the page is, and who may see it."
+    host:str="127.0.0.1" # address to listen on; 0.0.0.0 for all
+    port:Annotated[int, Field(ge=0, le=65535)]=8090 # port to listen on; 0 for any free one
+    token:Annotated[str|None, typer.Option(envvar="BINVISION_TOKEN", show_default=False)]=None # what others must know; None makes one where others can reach the page
+
+# %% ../../nbs/13_cli/10_review.ipynb #482ce1ae
 @command
+@takes(_Address)
 def _review(
     check:Path, # folder that binvision check wrote; with --study, the folder of the study
     by:str|None=None, # your name, which stands beside each judgement; None lets the page ask
-    host:str="127.0.0.1", # address to listen on; 0.0.0.0 for all
-    port:Annotated[int, Field(ge=0, le=65535)]=8090, # port to listen on; 0 for any free one
-    token:Annotated[str|None, typer.Option(envvar="BINVISION_TOKEN", show_default=False)]=None, # what others must know; None makes one where others can reach the page
     overlap:Share=0., # share of the bins that everybody gets, to see whether people agree
     store:str|None=None, # database of the reviews, such as postgresql://user@host/name; None for reviews.jsonl in the folder
     data:Path|None=None, # data set folder; None for the one that the check looked at
     study:bool=False, # hide record and model; draws bins of a test part if the folder is new
     manifest:Path|None=None, # manifest with the test part of a new study
     verify:bool=False, # follow the chain of what people said, and show no page
+    last:str|None=None, # with --verify: hash of the last line of an earlier time, which must still be there; None to ask for none
     no_open:bool=False, # do not open a browser
+    **kwargs,
 ):
     "Work through the queue of a check in a browser. Ctrl-C or SIGTERM ends it; what the page calls saved is kept."
-    if verify: return _verified(check if store is None else store)
+    if last is not None and not verify: raise UsageError("--last: there is nothing to compare with it", "pass --verify, too")
+    if verify: return _verified(check if store is None else store, last)
     if study: _studied(check, data, manifest)
     from binvision.review.server import serve_reviews
 
-    try: serve_reviews(check, by, host, port, token, 1. if study else overlap, store, data, not no_open, typer.echo)
+    overlap = 1. if study else overlap
+    try: serve_reviews(check, by, overlap=overlap, store=store, data=data, browse=not no_open, told=typer.echo, **kwargs)
     except KeyboardInterrupt: raise KeyboardInterrupt("what the page called saved is kept; the same command goes on") from None
     finally:
         if study: _reported(check, store)

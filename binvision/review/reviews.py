@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['open_reviews', 'Verified', 'verify']
 
-# %% ../../nbs/10_review/02_reviews.ipynb #a478d7e4
+# %% ../../nbs/10_review/02_reviews.ipynb #b3baefbf
 import json
 import os
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from ..check.estimate import checked_review
-from ..ground.core import read_file
+from ..ground.core import UsageError, read_file
 from ..ground.tables import LARGEST
 from .log import START, Log, ReviewFile, review_line
 
@@ -63,7 +64,7 @@ def _fault(before, now, after, missing):
     vouched = after is None or (after[0] or {}).get("previous") == hash
     return int(vouched and old is not None), "it was changed"
 
-# %% ../../nbs/10_review/02_reviews.ipynb #37962ea0
+# %% ../../nbs/10_review/02_reviews.ipynb #8a281046
 def _lines(place):
     "The lines of a log that are not empty, with their numbers, and a last line that is cut off."
     if "://" in str(place):
@@ -79,7 +80,9 @@ def verify(
     place:str|os.PathLike, # as for open_reviews
     known:str|None=None, # the last hash of an earlier time
 )->Verified:
-    "Follow the chain of a log from its first line to its last. Raises `DataError` where there is none to read."
+    "Follow the chain of a log from its first line to its last. Raises `DataError` where there is none to read, `UsageError` for a hash that is none."
+    if known is not None and not re.fullmatch("[0-9a-f]{64}", known):
+        raise UsageError(f"{known!r}: not the hash of a line", "pass the 64 digits that were shown as the last")
     lines, torn = _lines(place)
     found = [(None, START), *(_parsed(*line) for line in lines), None]
     numbers = [-1, 0, *(said["sequence"] if said else 0 for said, _ in found[1:-1])]
@@ -90,6 +93,6 @@ def verify(
             return Verified(len(lines), free, lines[k - back][0], reason, torn=len(torn))
     hashes = [hash for _, hash in found[:-1]]
     result = Verified(len(lines), free, last=hashes[-1], torn=len(torn))
-    if known and known not in hashes:
+    if known is not None and known not in hashes:
         result.broken, result.reason = 1, f"no line is {known}: lines are missing, or somebody wrote the log anew"
     return result
