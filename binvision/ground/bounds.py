@@ -116,7 +116,7 @@ class Metered(io.BytesIO):
         if self.reads < 0: raise Costly(f"a file of more than {MAX_READS:,} pieces")
         raise Costly("a file whose parts are read many times")
 
-# %% ../../nbs/00_ground/03_bounds.ipynb #4e19c58c
+# %% ../../nbs/00_ground/03_bounds.ipynb #6302af72
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF") # Pillow's names of the formats that are opened
 _COMPRESSIONS = { # Pillow's names of the compressions that are undone
     "BMP": {0, 3},
@@ -131,8 +131,8 @@ def _check_opened(image, max_pixels):
         raise Costly(f"a {image.format} with compression {compression!r}")
     if len(image.info.get("exif", b"")) > MAX_EXIF: raise Costly(f"more than {MAX_EXIF:,} bytes of EXIF data")
     if tags.get(322, 1) * tags.get(323, 1) > max_pixels: raise Costly("a TIFF of very large tiles")
-    for group in TAGS_V2_GROUPS if tags else ():  # what a TIFF refers to is read after its pixels, unless it has been read before
-        with contextlib.suppress(KeyError): image.getexif().get_ifd(group)  # before Pillow 13, of a group that is not there
+    for group in TAGS_V2_GROUPS if tags else ():  # a TIFF's are read after its pixels, unless they have been read before
+        with contextlib.suppress(KeyError): image.getexif().get_ifd(group)  # Pillow 12 misses a group that is not there
 
 # %% ../../nbs/00_ground/03_bounds.ipynb #40a07525
 def open_bounded(

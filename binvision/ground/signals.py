@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-# %% ../../nbs/00_ground/10_signals.ipynb #a73505e1
+# %% ../../nbs/00_ground/10_signals.ipynb #f5f72de8
 @contextlib.contextmanager
 def sigterm_as_ctrl_c()->Iterator[list]: # holds the number of the signal once it has come
     "Let SIGTERM raise `KeyboardInterrupt` during the block, where it would have ended the process."
@@ -25,14 +25,15 @@ def sigterm_as_ctrl_c()->Iterator[list]: # holds the number of the signal once i
         raise KeyboardInterrupt
 
     def repeat():
-        if signal.getsignal(signal.SIGTERM) == stop: os.kill(os.getpid(), signal.SIGTERM)  # wakes a main thread that sleeps
+        if signal.getsignal(signal.SIGTERM) == stop: os.kill(os.getpid(), signal.SIGTERM)  # wakes a sleeping thread
 
     def lost(about):
         if not (came and about.exc_type == KeyboardInterrupt): return usual(about)
         signal.signal(signal.SIGTERM, stop)
         threading.Timer(.05, repeat).start()
 
-    if threading.current_thread() != threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL: return (yield came)
+    unhandled = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if threading.current_thread() != threading.main_thread() or not unhandled: return (yield came)
     signal.signal(signal.SIGTERM, stop)
     sys.unraisablehook = lost
     try: yield came
