@@ -17,7 +17,7 @@ from .options import command
 from ..ground.core import UsageError
 from ..ground.settings import Share, takes
 
-# %% ../../nbs/13_cli/10_review.ipynb #9c499bf0
+# %% ../../nbs/13_cli/10_review.ipynb #c7b06404
 def _verified(place, last=None):
     "Say whether the chain holds and has a line of an earlier time; exit status 1 if not."
     from binvision.review.reviews import verify
@@ -26,7 +26,7 @@ def _verified(place, last=None):
     typer.echo(str(found))
     if found.broken is not None: raise typer.Exit(1)
     typer.echo("the line of --last is there: of the chain before it nothing was cut off or changed" if last else
-               "keep this hash elsewhere: --verify --last HASH finds out whether lines were cut off, or all were written anew")
+               "keep this hash elsewhere: --verify --last HASH finds out whether lines were cut off")
 
 # %% ../../nbs/13_cli/10_review.ipynb #b4d5d753
 def _studied(folder, data, manifest):
@@ -62,7 +62,7 @@ class _Address:
     port:Annotated[int, Field(ge=0, le=65535)]=8090 # port to listen on; 0 for any free one
     token:Annotated[str|None, typer.Option(envvar="BINVISION_TOKEN", show_default=False)]=None # what others must know; None makes one where others can reach the page
 
-# %% ../../nbs/13_cli/10_review.ipynb #482ce1ae
+# %% ../../nbs/13_cli/10_review.ipynb #0299e153
 @command
 @takes(_Address)
 def _review(
@@ -74,18 +74,18 @@ def _review(
     study:bool=False, # hide record and model; draws bins of a test part if the folder is new
     manifest:Path|None=None, # manifest with the test part of a new study
     verify:bool=False, # follow the chain of what people said, and show no page
-    last:str|None=None, # with --verify: hash of the last line of an earlier time, which must still be there; None to ask for none
+    last:str|None=None, # with --verify: the last hash of an earlier time, which must still be there; None for no other time
     no_open:bool=False, # do not open a browser
     **kwargs,
 ):
     "Work through the queue of a check in a browser. Ctrl-C or SIGTERM ends it; what the page calls saved is kept."
-    if last is not None and not verify: raise UsageError("--last: there is nothing to compare with it", "pass --verify, too")
+    if last is not None and not verify: raise UsageError("--last: nothing to compare with it", "pass --verify, too")
     if verify: return _verified(check if store is None else store, last)
     if study: _studied(check, data, manifest)
     from binvision.review.server import serve_reviews
 
-    overlap = 1. if study else overlap
-    try: serve_reviews(check, by, overlap=overlap, store=store, data=data, browse=not no_open, told=typer.echo, **kwargs)
+    overlap, browse = 1. if study else overlap, not no_open
+    try: serve_reviews(check, by, overlap=overlap, store=store, data=data, browse=browse, told=typer.echo, **kwargs)
     except KeyboardInterrupt: raise KeyboardInterrupt("what the page called saved is kept; the same command goes on") from None
     finally:
         if study: _reported(check, store)

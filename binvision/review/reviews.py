@@ -64,7 +64,7 @@ def _fault(before, now, after, missing):
     vouched = after is None or (after[0] or {}).get("previous") == hash
     return int(vouched and old is not None), "it was changed"
 
-# %% ../../nbs/10_review/02_reviews.ipynb #8a281046
+# %% ../../nbs/10_review/02_reviews.ipynb #7c15d081
 def _lines(place):
     "The lines of a log that are not empty, with their numbers, and a last line that is cut off."
     if "://" in str(place):
@@ -80,7 +80,7 @@ def verify(
     place:str|os.PathLike, # as for open_reviews
     known:str|None=None, # the last hash of an earlier time
 )->Verified:
-    "Follow the chain of a log from its first line to its last. Raises `DataError` where there is none to read, `UsageError` for a hash that is none."
+    "Follow the chain of a log. Raises `DataError` where there is none to read, `UsageError` for a hash that is none."
     if known is not None and not re.fullmatch("[0-9a-f]{64}", known):
         raise UsageError(f"{known!r}: not the hash of a line", "pass the 64 digits that were shown as the last")
     lines, torn = _lines(place)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reviews_table', 'leases_table', 'ReviewTable']
 
-# %% ../../nbs/10_review/01_store.ipynb #312d5007
+# %% ../../nbs/10_review/01_store.ipynb #fbb45deb
 import contextlib
 import time
 
@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from sqlalchemy import Boolean, Column, Float, Integer, MetaData, Table, Text, select
 
 from ..ground.core import DataError
+from ..ground.database import database, database_reason, hide_password
 from .log import KEYS, Log, review_line
-from ..search.study import database, hide_password
 
 # %% ../../nbs/10_review/01_store.ipynb #d3d10379
 _TYPES = {"count": Integer, "undo": Integer, "seconds": Float(53), "shown": Boolean}
@@ -32,14 +32,13 @@ def leases_table()->Table:
     columns = [Column("bin", Text, primary_key=True), Column("by", Text), Column("until", Float(53))]
     return Table("leases", MetaData(), *columns)
 
-# %% ../../nbs/10_review/01_store.ipynb #9000c447
+# %% ../../nbs/10_review/01_store.ipynb #1e00f2c9
 @contextlib.contextmanager
 def _refused(shown):
     "Turn what goes wrong with a database, named `shown`, into a `DataError`."
     try: yield
     except sqlalchemy.exc.SQLAlchemyError as e:
-        reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:160]
-        raise DataError(f"{shown}: the database refuses ({reason})",
+        raise DataError(f"{shown}: the database refuses ({database_reason(e)})",
                         "nothing was saved by this; check address, user and password, and that the server runs") from e
 
 # %% ../../nbs/10_review/01_store.ipynb #d69fe6d2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search', 'read_best']
 
-# %% ../../nbs/08_search/07_search.ipynb #233a168c
+# %% ../../nbs/08_search/07_search.ipynb #f87bcf79
 import contextlib
 import io
 import json
@@ -20,6 +20,7 @@ import torchvision
 import yaml
 
 from ..ground.core import DataError, ModelError, UsageError, atomic_write, read_file, set_seed, sha256
+from ..ground.database import database, hide_password
 from ..ground.folders import temporary_folder
 from ..ground.machine import PACKAGES, versions
 from ..ground.outputs import output_folder, outside
@@ -36,11 +37,11 @@ from .features import cache_features, name_weights, put_head
 from .plots import plot_curves, plot_importances, plot_parallel, plot_trials
 from .settings import BACKBONE, SearchSettings
 from .space import typical
-from .study import best_trial, count_trials, database, hide_password, quiet, trials_table
+from .study import best_trial, count_trials, quiet, trials_table
 from .trial import Job, full_learner, make_job, open_study, trial_learner
 from .workers import run_workers
 
-# %% ../../nbs/08_search/07_search.ipynb #645cffce
+# %% ../../nbs/08_search/07_search.ipynb #afd7711b
 def _check_names(job):
     "Raise `UsageError` for a database, architectures, losses and weights that a search cannot use."
     database(job.search.storage)
@@ -49,8 +50,7 @@ def _check_names(job):
             raise UsageError(f"arch {arch!r}: neither torchvision nor timm knows it",
                              "torchvision.models.list_models() and timm.list_models() give the names")
     if job.search.metric == "valid_loss" and len(job.choices("loss")) > 1:
-        raise UsageError("metric valid_loss: different losses cannot be compared",
-                         "search for accuracy or mae, or fix the loss")
+        raise UsageError("metric valid_loss: losses cannot be compared", "search for accuracy or mae, or fix the loss")
     weights = job.fixed["weights"]
     if job.search.frozen and weights is None:
         raise UsageError("a frozen search without weights: random features teach nothing", "pass weights")
