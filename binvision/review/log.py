@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KEYS', 'START', 'checked_entry', 'review_line', 'Log', 'ReviewFile']
 
-# %% ../../nbs/10_review/00_log.ipynb #20dfed14
+# %% ../../nbs/10_review/00_log.ipynb #8fbf9d0d
 import contextlib
 import json
 import math
 import os
 import threading
+import time
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,8 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..check.estimate import LastWords, checked_review, parse_reviews
-from ..ground.core import DataError, UsageError, disk_errors
+from ..ground.core import DataError, UsageError, atomic_write, disk_errors, read_file
+from ..ground.journal import append_synced
 
 # %% ../../nbs/10_review/00_log.ipynb #6d4d3250
 KEYS = { # what a line of the log says
@@ -145,30 +147,6 @@ def of_request(self:Log,
         self._read()
         return self._keys.get(key)
 
-# %% ../../nbs/10_review/00_log.ipynb #a730a25b
-def _sync_folder(path):
-    "Let the name of a new file survive a power cut."
-    with contextlib.suppress(OSError): # a system that cannot open a folder
-        fd = os.open(path, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-
-
-def _add(path, line):
-    "Add bytes to a file and wait until they are on the disk; after an error the file is as it was."
-    new = not path.exists()
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-    try:
-        end = os.fstat(fd).st_size
-        try:
-            while line: line = line[os.write(fd, line):]
-            os.fsync(fd)
-        except BaseException:
-            os.ftruncate(fd, end)
-            raise
-    finally: os.close(fd)
-    if new: _sync_folder(path.parent)
-
 # %% ../../nbs/10_review/00_log.ipynb #40e98a04
 class ReviewFile(Log):
     "The reviews in a folder. Raises `DataError` for a folder that is not there."
@@ -207,7 +185,7 @@ def _read(self:ReviewFile):
     if said: self._take(said, [line for line in raw.split(b"\n") if line.strip()][-1])
     self._end, self._lines = self._end + len(raw), self._lines + raw.count(b"\n")
 
-# %% ../../nbs/10_review/00_log.ipynb #e28ca56f
+# %% ../../nbs/10_review/00_log.ipynb #c595c08a
 @patch
 def _mend(self:ReviewFile):
     "Complete a last line that lacks only its end; move one that was cut off to reviews.torn."
@@ -217,9 +195,9 @@ def _mend(self:ReviewFile):
     side, what = self.path.with_suffix(".torn"), f"{self.path}: line {self._lines + 1} was cut off"
     with disk_errors(side if torn else self.path):
         if torn:
-            _add(side, tail + b"\n")
+            append_synced(side, tail + b"\n")
             os.truncate(self.path, self._end)
-        else: _add(self.path, b"\n")
+        else: append_synced(self.path, b"\n")
     self.notes.append(f"{what}, and had not been said to be saved; its {len(tail):,} bytes are in {side.name}" if torn
                       else f"{what} before its end; it is whole, and was completed")
     self._read()
@@ -238,13 +216,31 @@ def _alone(self:ReviewFile):
         self._mend()
         yield
 
-# %% ../../nbs/10_review/00_log.ipynb #abafe523
+# %% ../../nbs/10_review/00_log.ipynb #8f4a6563
 @patch
 def _write(self:ReviewFile, entry):
     "Add a line."
     try:
-        _add(self.path, review_line(entry) + b"\n")
+        append_synced(self.path, review_line(entry) + b"\n")
         return True
     except OSError as e:
         raise DataError(f"{self.path}: the review of bin {entry.get('bin', '')!r} is not saved ({e.strerror or e})",
                         "free some space and say it again; what was saved before is there") from e
+
+# %% ../../nbs/10_review/00_log.ipynb #2e9c9d61
+@patch
+def hold(self:ReviewFile,
+    by:str, # the person
+    bins:list[str], # ids
+    seconds:float, # how long
+)->list[str]: # ids
+    "Of some bins those that nobody else holds. The person holds them for a while, and no others."
+    path, now = self.path.with_name(".leases.json"), time.time()
+    with self._turn, self._alone():
+        try: held = {bin: (who, until) for bin, (who, until) in json.loads(read_file(path)).items()}
+        except (DataError, ValueError, TypeError, AttributeError): held = {} # none yet, or of no use
+        held = {bin: (who, until) for bin, (who, until) in held.items() if who != by and until > now}
+        free = [bin for bin in bins if bin not in held]
+        text = json.dumps(held | {bin: (by, now + seconds) for bin in free})
+        with atomic_write(path, "w", sync=False) as file: file.write(text)
+    return free

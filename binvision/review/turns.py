@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Turns']
 
-# %% ../../nbs/10_review/03_turns.ipynb #d4b7e75f
-import json
+# %% ../../nbs/10_review/03_turns.ipynb #f7692ca0
 import threading
 import time
 from collections import Counter
@@ -16,26 +15,8 @@ from fastcore.basics import patch
 
 from ..check.estimate import LastWords
 from ..data.sources import share_of
-from ..ground.core import DataError, UsageError, atomic_write, read_file
-from .log import Log, ReviewFile
-
-# %% ../../nbs/10_review/03_turns.ipynb #65a5b7d8
-@patch
-def hold(self:ReviewFile,
-    by:str, # the person
-    bins:list[str], # ids
-    seconds:float, # how long
-)->list[str]: # ids
-    "Of some bins those that nobody else holds. The person holds them for a while, and no others."
-    path, now = self.path.with_name(".leases.json"), time.time()
-    with self._turn, self._alone():
-        try: held = {bin: (who, until) for bin, (who, until) in json.loads(read_file(path)).items()}
-        except (DataError, ValueError, TypeError, AttributeError): held = {} # none yet, or of no use
-        held = {bin: (who, until) for bin, (who, until) in held.items() if who != by and until > now}
-        free = [bin for bin in bins if bin not in held]
-        text = json.dumps(held | {bin: (by, now + seconds) for bin in free})
-        with atomic_write(path, "w", sync=False) as file: file.write(text)
-    return free
+from ..ground.core import UsageError
+from .log import Log
 
 # %% ../../nbs/10_review/03_turns.ipynb #e2edf7c1
 class Turns:
