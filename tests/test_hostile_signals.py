@@ -16,6 +16,7 @@ if os.name != "posix": pytest.skip("signals are those of POSIX", allow_module_le
 
 from binvision.ground.core import DataError, atomic_write, locked
 from binvision.ground.folders import atomic_folder, temporary_folder
+from binvision.ground.signals import sigterm_as_ctrl_c
 
 PROGRAM = [sys.executable, "-c", "from binvision.cli.main import main; main()"]
 
@@ -206,6 +207,23 @@ def test_train_and_predict(attack, data, manifest, tmp_path):
     assert attack(predict, working, signal.SIGKILL, .05)[0] == -signal.SIGKILL
     attack.again(predict)
     assert len(answers.read_text().splitlines()) == 1500 and not journal.exists()
+
+
+def test_a_training_stops_where_a_library_catches_every_exception(data, manifest, tmp_path):
+    from fastai.callback.core import Callback
+
+    from binvision.train.train import train
+
+    class Library(Callback):
+        def after_epoch(self):
+            if self.epoch != 1: return
+            try: signal.raise_signal(signal.SIGTERM)
+            except: pass
+
+    with sigterm_as_ctrl_c() as came, pytest.raises(KeyboardInterrupt, match="the best epoch so far is in"):
+        train(data, manifest, tmp_path / "run", arch="test_resnet", weights=None, size=32, batch_size=8, lr=1e-3, epochs=30, patience=30, frozen_epochs=0,
+              workers=0, cbs=[Library()])
+    assert set(came) == {signal.SIGTERM} and len((tmp_path / "run/history.csv").read_text().splitlines()) == 3
 
 
 def test_a_search_with_two_workers_gives_its_trials_back(attack, data, manifest, tmp_path):

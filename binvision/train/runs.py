@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRIC_DEFINITIONS', 'metric_line', 'skipped', 'RunLog', 'TensorBoardLog', 'best_epoch', 'since_best', 'KeepBest',
-           'Patience']
+           'Patience', 'StopIfAsked']
 
-# %% ../../nbs/06_train/07_runs.ipynb #fdede60c
+# %% ../../nbs/06_train/07_runs.ipynb #38f01f54
 import csv
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..ground.core import atomic_write
+from ..ground.signals import stop_if_asked
 from .processes import say
 
 # %% ../../nbs/06_train/07_runs.ipynb #fb4a9a09
@@ -164,3 +165,8 @@ class Patience(Callback):
         if skipped(self) or not self.over(self.log.phase): return
         say(f"no lower validation loss for {self.patience} epochs: stopping early")
         raise CancelFitException
+
+# %% ../../nbs/06_train/07_runs.ipynb #092a70bc
+class StopIfAsked(Callback):
+    "After each batch, raise `KeyboardInterrupt` if a signal has been held back."
+    def after_batch(self): stop_if_asked()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare_run', 'train']
 
-# %% ../../nbs/06_train/11_train.ipynb #eb7e4503
+# %% ../../nbs/06_train/11_train.ipynb #9ab1299f
 import json
 import os
 import shutil
@@ -22,6 +22,7 @@ from ..ground.core import DataError, UsageError, atomic_write, read_file, set_se
 from ..ground.machine import versions
 from ..ground.outputs import output_folder
 from ..ground.settings import checked, takes
+from ..ground.signals import held_back
 from ..model.folder import read_card
 from ..split.corrections import correct
 from ..split.manifest import read_manifest
@@ -32,6 +33,7 @@ from .processes import (as_single_process, describe_device, environment, from_fi
                                        usable_device)
 from .publish import calibrate, write_model
 from .recipes import recipe_callbacks
+from .runs import StopIfAsked
 from .settings import TrainSettings, plain
 
 # %% ../../nbs/06_train/11_train.ipynb #bb8622fc
@@ -179,15 +181,17 @@ def rescue(self:_Run, learn):
     self.finish(learn, interrupted=True)
     raise KeyboardInterrupt(f"the best epoch so far is in {self.out/'model'}; resume with --resume") from None
 
-# %% ../../nbs/06_train/11_train.ipynb #d9cc4a31
+# %% ../../nbs/06_train/11_train.ipynb #866d447b
 @patch
 def fit(self:_Run, learn, resumed, cbs):
     "Fine-tune, and write the model."
     s = self.settings
     self.write_json("config.json", self.config | {"versions": versions()})
     self.write_json("environment.json", environment(learn.dls.device))
-    try: rows = fine_tune(learn, s.lr, s.epochs, s.frozen_epochs, s.patience, self.out/"history.csv", s.depth, cbs,
-                          self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr)
+    try:
+        with held_back(): rows = fine_tune(
+            learn, s.lr, s.epochs, s.frozen_epochs, s.patience, self.out/"history.csv", s.depth, [StopIfAsked(), *cbs],
+            self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr)
     except KeyboardInterrupt:
         if not (self.out/"history.csv").exists(): raise
         self.rescue(learn)
