@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Bins', 'open_bins', 'item_row', 'opinion']
 
-# %% ../../nbs/10_review/07_photos.ipynb #0b8eb5fb
+# %% ../../nbs/10_review/07_photos.ipynb #92e051f9
 import io
 import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,10 +25,11 @@ from ..check.page import in_words, read_record
 from ..check.queue import read_findings, read_queue
 from ..data.documents import shorten
 from ..data.images import data_folder
+from ..data.related import neighbours
 from ..ground.core import DataError, ImageError, read_file, regular_file, sha256, visible
 from ..ground.pictures import PICTURE_PROBLEMS, load_image
 
-# %% ../../nbs/10_review/07_photos.ipynb #faa6e49a
+# %% ../../nbs/10_review/07_photos.ipynb #98e946c9
 @dataclass(repr=False)
 class Bins:
     "The bins of a queue, with what is known of them."
@@ -37,6 +40,11 @@ class Bins:
     model:str|None # hash of the model's network
     hash:str # SHA-256 of the findings
     study:bool=False # whether record and model stay hidden
+
+    @cached_property
+    def pairs(self):
+        "Positions of findings whose ids follow each other, as two arrays."
+        return neighbours(self.findings["id"].to_numpy(), 1)[:2]
 
     def __repr__(self): return f"Bins: {len(self.queue):,} of {len(self.findings):,} in the queue"
 
@@ -133,23 +141,17 @@ def photo(self:Bins,
     load_image(raw).save(out, "JPEG", quality=90)
     return out.getvalue(), "image/jpeg"
 
-# %% ../../nbs/10_review/07_photos.ipynb #dfbbbb13
-def _neighbours(id):
-    "The ids before and after an id, spelled alike."
-    head, digits = re.fullmatch(r"(.*?)([0-9]{0,18})", id, re.DOTALL).groups()
-    if not digits: return []
-    return [f"{head}{int(digits) + step:0{len(digits)}d}" for step in (-1, 1) if int(digits) + step >= 0]
-
-
+# %% ../../nbs/10_review/07_photos.ipynb #e2babcf7
 @patch
 def beside(self:Bins,
     id:str, # of a bin
     items:list, # of its record
-)->list: # ids, the earlier one first
+)->list: # ids
     "Which neighbours of a bin have a photo and share a product with it."
-    held = {item["asin"] for item in items}
-    return [other for other in (_neighbours(id) if held else []) if (self.finding(other) or {}).get("image")
-            and held & {item["asin"] for item in read_record(self.data, other, {})[1]}]
+    held, at, (a, b) = {item["asin"] for item in items}, pc.index(self.findings["id"], id).as_py(), self.pairs
+    near = self.findings.select(["id", "image"]).take(np.concatenate([a[b == at], b[a == at]])).to_pylist()
+    return [row["id"] for row in near
+            if row["image"] and held & {item["asin"] for item in read_record(self.data, row["id"], {})[1]}]
 
 # %% ../../nbs/10_review/07_photos.ipynb #752a410c
 @patch
