@@ -2,17 +2,19 @@
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from binvision.check.check import check, look
+from binvision.check.check import check
 from binvision.cli.main import app
 from binvision.data.sources import Shard, list_sources, of_shard, read_shard
 from binvision.ground.core import BinvisionError, DataError, UsageError
 from binvision.model.bulk import part_of, predict_to
+from binvision.scale.checks import look
 from binvision.scale.shards import _merged, merge
 
 SMALL = Path(__file__).resolve().parent.parent / "nbs/models/small"
@@ -160,7 +162,15 @@ def test_a_check_is_shared_out(bins, tmp_path):
 
 def test_an_engine_takes_one_source_and_a_file(bins, tmp_path):
     out = ["--out", tmp_path / "r.jsonl"]
-    for wrong in (["--shard", "1/2", *out], [], [bins, *out]):
-        assert "--engine ray: takes one" in run("predict", SMALL, bins, *wrong, "--engine", "ray", status=2).stderr
-    assert "without --engine" in run("predict", SMALL, bins, *out, "--workers", "2", status=2).stderr
+    for wrong, says in (([], "takes one"), ([bins, *out], "takes one"), (["--shard", "1/2", *out], "takes one"), ([*out, "--workers", "0"], "--workers")):
+        assert says in run("predict", SMALL, bins, *wrong, "--engine", "ray", status=2).stderr
     assert "no such file" in run("predict", SMALL, tmp_path / "gone", *out, "--engine", "ray", status=2).stderr
+    for command in (["predict", SMALL, bins, *out], ["check", SMALL, bins, "--out", tmp_path / "check"]):
+        assert "without --engine" in run(*command, "--workers", "2", status=2).stderr
+        assert "is not" in run(*command, "--engine", "spark", status=2).stderr
+
+
+def test_an_engine_that_is_not_installed(bins, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for command in (["predict", SMALL, bins, "--out", tmp_path / "r.jsonl"], ["check", SMALL, bins, "--out", tmp_path / "check", "--picture-only"]):
+        assert "binvision[ray]" in run(*command, "--engine", "ray", status=2).stderr

@@ -1,12 +1,15 @@
 """A run on a real Ray cluster of two nodes: the file of one machine, whatever is killed on the way."""
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ray = pytest.importorskip("ray", reason="no Ray: pip install 'binvision[ray]'")
@@ -14,18 +17,28 @@ pytest.importorskip("moto", reason="no S3 server: pip install 'binvision[dev]'")
 
 from faulty import Proxy, Store
 from ray.cluster_utils import Cluster
+from typer.testing import CliRunner
 
+from binvision.check.check import check
+from binvision.check.fit import fit_check, save_evidence
+from binvision.cli.main import app
 from binvision.ground.core import DataError, UsageError
 from binvision.model.bulk import predict_to
+from binvision.scale import engine, pool
 from binvision.scale.engine import predict_on
+from binvision.split.split import split
 
 SMALL = Path(__file__).resolve().parent.parent / "nbs/models/small"
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    "Two nodes with one processor each; the driver is connected."
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    "Two nodes with one processor each, and a server for clients; this process is connected."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port})
+    cluster.client = f"ray://127.0.0.1:{port}"
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
@@ -54,7 +67,7 @@ def until(condition, seconds=300):
         time.sleep(.02)
 
 
-def workers_of(driver):
+def workers():
     "Processes of Ray that hold a model."
     return [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"ray::_Worker" in read(p)]
 
@@ -64,6 +77,14 @@ def read(path):
     except OSError: return b""
 
 
+def run(*args, status=0):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result
+
+
+# The same file
+
 def test_two_nodes_write_the_file_of_one_machine(cluster, bins, one, tmp_path):
     out = tmp_path / "r.parquet"
     done = predict_on(SMALL, bins / "bin-images", out, workers=2, shard_size=8)
@@ -71,71 +92,107 @@ def test_two_nodes_write_the_file_of_one_machine(cluster, bins, one, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_check_on_two_nodes_finds_what_one_machine_finds(cluster, bins, tmp_path):
+    model = shutil.copytree(SMALL, tmp_path / "model")
+    save_evidence(fit_check(model, bins, split(bins, valid=.4, test=.1)), model)
+    check(model, bins, tmp_path / "one")
+    options = ["--engine", "ray", "--workers", 2, "--shard-size", 20]
+    run("check", model, bins, "--out", tmp_path / "many", *options)
+    assert (tmp_path / "many/pictures.parquet").read_bytes() == (tmp_path / "one/pictures.parquet").read_bytes()
+    pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / x / "findings.parquet") for x in ("one", "many")))
+    before = (tmp_path / "many/pictures.parquet").stat().st_mtime_ns
+    run("check", model, bins, "--out", tmp_path / "many", *options)
+    assert (tmp_path / "many/pictures.parquet").stat().st_mtime_ns == before
+
+
 DRIVER = """
 import sys
 from binvision.scale.engine import predict_on
-predict_on(*sys.argv[1:4], address=sys.argv[4], workers=2, shard_size=2, batch_size=1)
+predict_on(*sys.argv[1:4], address=sys.argv[4], workers=2, shard_size=int(sys.argv[5]), batch_size=1)
 """
 
 
-def test_a_killed_driver_and_the_same_command_again(cluster, bins, one, tmp_path):
-    out, parts = tmp_path / "r.parquet", tmp_path / "r.parquet.parts"
-    command = [sys.executable, "-c", DRIVER, SMALL, bins / "bin-images", out, cluster.address]
-    driver = subprocess.Popen([str(a) for a in command], stderr=subprocess.DEVNULL)
-    until(lambda: len(list(parts.glob("*.part"))) >= 2 or driver.poll() is not None)
-    driver.kill()
-    driver.wait()
-    finished = {p: p.stat().st_mtime_ns for p in parts.glob("*.part")}
-    assert finished and not out.exists()
-    with pytest.raises(UsageError, match="other pictures"): predict_on(SMALL, bins, out)
-    done = predict_on(SMALL, bins / "bin-images", out, workers=2, shard_size=1000)
-    assert out.read_bytes() == one and 0 < done.resumed < 60 and not parts.exists()
+def start(bins, out, address, shard_size=1, **how):
+    command = [sys.executable, "-c", DRIVER, SMALL, bins / "bin-images", out, address, shard_size]
+    return subprocess.Popen([str(a) for a in command], stderr=subprocess.DEVNULL, **how)
 
 
-def test_a_killed_worker(cluster, bins, one, tmp_path, monkeypatch):
-    "The part that it had in hand goes to another worker."
-    from binvision.scale import engine
-    killed = []
+def test_a_client_far_from_the_cluster(cluster, bins, one, tmp_path):
+    assert start(bins, tmp_path / "r.parquet", cluster.client, 20).wait(300) == 0
+    assert (tmp_path / "r.parquet").read_bytes() == one
 
-    def kill_one(paths, *args):
-        if not killed and (found := workers_of(os.getpid())):
-            killed.append(found[0])
-            os.kill(found[0], signal.SIGKILL)
-        return plain(paths, *args)
 
-    plain = engine.plan_of
-    monkeypatch.setattr(engine, "plan_of", kill_one)
-    predict_on(SMALL, bins / "bin-images", tmp_path / "r.parquet", workers=2, shard_size=4)
-    assert killed and (tmp_path / "r.parquet").read_bytes() == one
+# What dies, what joins, and what is busy
+
+def test_kills_at_random_moments(cluster, bins, one, tmp_path):
+    "The driver, a worker or a node; BINVISION_KILLS sets how many. The same command goes on, and no picture is there twice or missing."
+    kills, draw = int(os.environ.get("BINVISION_KILLS", 3)), random.Random(int(os.environ.get("BINVISION_SEED", 0)))
+    kinds = [kind for _ in range(kills) for kind in draw.sample(["driver", "worker", "node"], 3)][:kills]
+    node, done, resumed = cluster.add_node(num_cpus=1), [], 0
+    while kinds:
+        out, driver = tmp_path / f"{len(done)}.parquet", None
+        parts = lambda: len(list(Path(f"{out}.parts").glob("*.part")))
+        while not out.exists():
+            if driver is None: driver, resumed = start(bins, out, cluster.address), resumed + (parts() > 0)
+            enough = parts() + draw.randint(1, 8)
+            until(lambda: parts() >= enough or driver.poll() is not None)
+            time.sleep(draw.random() / 5)
+            if kinds and driver.poll() is None: node = kill(kinds.pop(0), cluster, node, driver, draw)
+            if driver.poll() is not None: driver = None
+        if driver: driver.wait(300)
+        done.append(out)
+    assert resumed and all(out.read_bytes() == one for out in done)
+    cluster.remove_node(node)
+
+
+def kill(kind, cluster, node, driver, draw):
+    "Kill one of them; the node that the next one may be."
+    if kind == "driver":
+        driver.kill()
+        driver.wait()
+    elif kind == "worker":
+        if found := workers(): os.kill(draw.choice(found), signal.SIGKILL)
+    else:
+        cluster.remove_node(node, allow_graceful=False)
+        node = cluster.add_node(num_cpus=1)
+    return node
+
+
+def test_a_run_of_other_pictures_does_not_go_on(bins, tmp_path):
+    folder = tmp_path / "r.parquet.parts"
+    task = pool.Task(engine.prediction_reader(engine.load_model(SMALL)), SMALL, [], None)
+    folder.mkdir()
+    engine._begun(folder, task.reader.about | {"source": "elsewhere", "root": None}, lambda: [("a.jpg", "a.jpg")], 10)
+    with pytest.raises(UsageError, match="other pictures"): predict_on(SMALL, bins, tmp_path / "r.parquet")
 
 
 def test_a_part_that_always_kills_its_worker_is_named(cluster, bins, tmp_path, monkeypatch):
-    from binvision.scale import engine
-
-    class Dying(engine._Worker):
+    class Dying(pool._Worker):
         def answer(self, sources, batch_size): os._exit(1)
 
-    monkeypatch.setattr(engine, "_Worker", Dying)
-    with pytest.raises(DataError, match=r"part \d+: failed 2 times"): predict_on(SMALL, bins / "bin-images", tmp_path / "r.parquet", workers=1, tries=2)
+    monkeypatch.setattr(pool, "_Worker", Dying)
+    with pytest.raises(DataError, match=r"part \d+: failed 2 times"): predict_on(SMALL, bins / "bin-images", tmp_path / "r.parquet", tries=2)
 
 
 def test_a_node_that_joins_late_takes_part(cluster, bins, one, tmp_path, monkeypatch):
-    from binvision.scale import engine
-    joined, places = [], set()
+    joined, asked = [], set()
 
-    def join(*args):
-        if not joined: joined.append(cluster.add_node(num_cpus=1))
-        places.update(workers_of(os.getpid()))
-        return plain(*args)
+    def results(a_pool, todo, ask):
+        def noted(worker, number):
+            asked.add(worker._actor_id.hex())
+            return ask(worker, number)
+        for found in pool.results(a_pool, todo, noted):
+            if not joined: joined.append(cluster.add_node(num_cpus=1))
+            if len(asked) == 2: until(lambda: len(ray.wait(list(a_pool.busy), num_returns=len(a_pool.busy), timeout=.1)[0]) == len(a_pool.busy))
+            yield found
 
-    plain = engine.plan_of
-    monkeypatch.setattr(engine, "plan_of", join)
+    monkeypatch.setattr(engine, "results", results)
     predict_on(SMALL, bins / "bin-images", tmp_path / "r.parquet", workers=3, shard_size=1, batch_size=1)
-    assert (tmp_path / "r.parquet").read_bytes() == one
+    assert (tmp_path / "r.parquet").read_bytes() == one and len(asked) == 3
     cluster.remove_node(joined[0])
 
 
-def test_a_bucket_that_is_busy_once(cluster, bins, one, tmp_path):
+def test_a_bucket_that_is_busy_now_and_then(cluster, bins, tmp_path):
     store = Store("shelf")
     proxy = Proxy(store.url, always={})
     try:
@@ -150,3 +207,8 @@ def test_a_bucket_that_is_busy_once(cluster, bins, one, tmp_path):
     assert (tmp_path / "r.jsonl").read_text() == here and done.failed == 1 and proxy.counts()["slowdown"]
 
 
+@pytest.mark.parametrize("address, says", [("127.0.0.1:1", "no Ray cluster there"), ("ray://127.0.0.1:1", "no Ray cluster there"), ("head", "not understood"),
+                                           ("127.0.0.1:99999", "no Ray cluster there"), ("http://127.0.0.1:1", "not understood"), ("", "not understood")])
+def test_addresses_of_no_cluster(bins, tmp_path, address, says, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert says in run("predict", SMALL, bins, "--out", tmp_path / "r.jsonl", "--engine", "ray", "--address", address, status=2).stderr

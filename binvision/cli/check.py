@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/09_check.ipynb #c4374265
+# %% ../../nbs/13_cli/09_check.ipynb #fa739aed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from .options import command
 from ..ground.core import UsageError
 from ..check.settings import CheckSettings
 from ..ground.settings import AtLeastOne, Seed, takes
+from ..scale.settings import SharingSettings, sharing
 
 # %% ../../nbs/13_cli/09_check.ipynb #1c0d1aa2
 @command
@@ -42,9 +44,23 @@ def _rates(pairs):
         except ValueError: raise UsageError(f"--rate {pair!r}: not understood", "pass KIND=SHARE, such as --rate one-off=0.01") from None
     return found or None
 
-# %% ../../nbs/13_cli/09_check.ipynb #ad0fb11a
+# %% ../../nbs/13_cli/09_check.ipynb #8c397c60
+def _look(model, data, shard, *options):
+    "One part of the pictures."
+    from binvision.data.sources import read_shard
+    from binvision.scale.checks import look
+
+    part = look(model, data, read_shard(shard), *options)
+    typer.echo(f"{part.out}: {part.n:,} pictures, {part.failed:,} without an answer")
+
+
+@dataclass
+class _Options(SharingSettings, CheckSettings):
+    "All settings of `binvision check`."
+
+# %% ../../nbs/13_cli/09_check.ipynb #fd7d80fc
 @command
-@takes(CheckSettings)
+@takes(_Options)
 def _check(
     model:Path, # model folder with evidence
     data:Path, # data set folder: pictures and documents
@@ -57,17 +73,18 @@ def _check(
     batch_size:AtLeastOne=8, # pictures that go through the network together
     shown:Annotated[int, Field(ge=0, le=1000)]=24, # bins to show on the page
     overwrite:bool=False, # look at all pictures again
-    shard:str|None=None, # only look at one part of the pictures, such as 3/8, and write a part for binvision merge
     **kwargs,
 ):
     "Compare every record with its picture: findings, the queue of bins to look at, and a page."
-    from binvision.check.check import check, look
-    from binvision.data.sources import read_shard
+    from binvision.check.check import check
 
-    if shard:
-        part = look(model, data, read_shard(shard), out, batch_size, overwrite, bool(kwargs.get("picture_only")))
-        return typer.echo(f"{part.out}: {part.n:,} pictures, {part.failed:,} without an answer")
-    done = check(model, data, out, budget, random, value, _rates(rate), seed, batch_size, shown, overwrite, **kwargs)
+    engine, shard = sharing(kwargs)
+    if shard: return _look(model, data, shard, out, batch_size, overwrite, kwargs["picture_only"])
+    if engine:
+        from binvision.scale.checks import look_on
+
+        look_on(model, data, out, batch_size, overwrite, kwargs["picture_only"], **engine)
+    done = check(model, data, out, budget, random, value, _rates(rate), seed, batch_size, shown, overwrite and not engine, **kwargs)
     for note in done.queue.notes: typer.echo(f"note: {note}", err=True)
     typer.echo(f"{done}\nqueue: {out/'queue.csv'}\nopen {out/'check.html'}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/05_model.ipynb #5333d3f7
+# %% ../../nbs/13_cli/05_model.ipynb #2dc2cbf2
 import json
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from .app import name_failures, say
 from .options import command
 from ..ground.core import UsageError, visible
 from ..ground.settings import AtLeastOne, AtLeastZero, Batch, Seed, Share, takes
-from ..scale.settings import EngineSettings
+from ..scale.settings import SharingSettings, sharing
 
 # %% ../../nbs/13_cli/05_model.ipynb #ba5bd73a
 @command
@@ -129,20 +129,21 @@ def _predict_to(model, source, out, *settings):
     if len(source) > 1: raise UsageError(f"--out with {len(source)} arguments: takes one", "pass a folder, or a list of pictures")
     _say_written(predict_to(model, source[0], out, *settings))
 
-# %% ../../nbs/13_cli/05_model.ipynb #36a56bfd
+# %% ../../nbs/13_cli/05_model.ipynb #d3e2cb92
 def _address(path): return re.sub("^(s3|https?):/+", r"\1://", str(path))
 
 
-def _predict_on(model, source, out, shard, settings, *options):
+def _predict_on(model, source, out, settings, *options):
     "Results of many machines into a file."
     from binvision.scale.engine import predict_on
 
-    if not out or shard or len(source) > 1: raise UsageError("--engine ray: takes one folder, list or bucket, --out, and no --shard", "pass --out results.parquet")
+    if not out or len(source) > 1:
+        raise UsageError("--engine ray: takes one folder, list or bucket, and --out", "pass --out results.parquet")
     _say_written(predict_on(model, _address(source[0]), out, *options, **settings))
 
-# %% ../../nbs/13_cli/05_model.ipynb #ed0621dc
+# %% ../../nbs/13_cli/05_model.ipynb #8d662029
 @command
-@takes(EngineSettings)
+@takes(SharingSettings)
 def _predict(
     model:Path, # model folder, such as runs/first/model
     source:list[Path], # pictures, folders of pictures, and lists of pictures (.csv, .parquet, .txt)
@@ -153,17 +154,15 @@ def _predict(
     backend:Literal["cuda", "int8", "fp32"]|None=None, # what runs the network; None for the fastest available
     threads:Annotated[int, Field(ge=1)]|None=None, # processor threads to use; None for all cores
     overwrite:bool=False, # replace OUT if it exists
-    shard:str|None=None, # answer one part of the pictures, such as 3/8, into OUT.3-of-8.part, for binvision merge
-    engine:Literal["ray"]|None=None, # what shares out the work among machines; None for this process alone
     **kwargs,
 ):
     "Count the items in pictures. Each is printed as soon as it is known."
     from binvision.data.sources import read_shard
     from binvision.model.predict import load_model
 
-    if engine: return _predict_on(model, source, out, shard, kwargs, root, batch_size, backend, threads, overwrite)
-    if EngineSettings(**kwargs) != EngineSettings(): raise UsageError("workers, an address or a bucket without --engine", "pass --engine ray")
-    if shard and not out: raise UsageError("--shard without --out", "say which file the parts will become: --out results.parquet")
+    engine, shard = sharing(kwargs)
+    if engine: return _predict_on(model, source, out, engine, root, batch_size, backend, threads, overwrite)
+    if shard and not out: raise UsageError("--shard without --out", "name the file of all parts: --out results.parquet")
     if out: return _predict_to(model, source, out, root, batch_size, backend, threads, overwrite, shard and read_shard(shard))
     paths = [path for s in source for path in _pictures(s, root)]
     failed = _print_answers(load_model(model, backend, threads), paths, batch_size, as_json)
