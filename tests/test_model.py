@@ -152,17 +152,18 @@ def test_the_fastest_backend_unless_told(both, model, data, monkeypatch):
     with pytest.raises(ModelError, match="cuda"): load_model(both, "cuda")
 
 
-@pytest.mark.parametrize("told, flags", [
-    ("model name\t: Xeon\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n", ["avx512_vnni", "amx_int8"]),
-    ("flags\t\t: fpu avx2 avx512f not_avx_vnni\n", []), ("Features\t: fp asimd asimddp i8mm\n", ["asimddp", "i8mm"]), ("", []), (None, [])])
-def test_the_processor_is_known_by_its_flags(told, flags, monkeypatch):
+@pytest.mark.parametrize("told, flags, bf16", [
+    ("model name\t: Xeon\nflags\t\t: fpu avx2 avx512_vnni amx_bf16 amx_int8\n", ["avx512_vnni", "amx_int8"], ["amx_bf16"]),
+    ("flags\t\t: fpu avx2 avx512f not_avx_vnni avx512_bf16\n", [], ["avx512_bf16"]),
+    ("Features\t: fp asimd asimddp i8mm bf16\n", ["asimddp", "i8mm"], ["bf16"]), ("", [], []), (None, [], [])])
+def test_the_processor_is_known_by_its_flags(told, flags, bf16, monkeypatch):
     from binvision.ground import machine
 
     def read(path):
         if told is None: raise FileNotFoundError(path)
         return told
     monkeypatch.setattr(machine.Path, "read_text", read)
-    assert machine.int8_flags() == machine.hardware()["int8"] == flags
+    assert machine.int8_flags() == machine.hardware()["int8"] == flags and machine.bf16_flags() == bf16
 
 
 @pytest.mark.parametrize("backend", ["fp32", "int8"])

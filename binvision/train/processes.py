@@ -6,7 +6,7 @@
 __all__ = ['say', 'join_processes', 'from_first', 'usable_device', 'many_processes', 'as_single_process', 'precision_on',
            'has_bf16', 'describe_device', 'environment']
 
-# %% ../../nbs/06_train/06_processes.ipynb #3ce5993f
+# %% ../../nbs/06_train/06_processes.ipynb #fa31931f
 import os
 import platform
 import sys
@@ -22,7 +22,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 
 from ..ground.core import UsageError
-from ..ground.machine import PACKAGES, cores, versions
+from ..ground.machine import PACKAGES, bf16_flags, cores, versions
 from .settings import TrainSettings
 
 # %% ../../nbs/06_train/06_processes.ipynb #9fc6dd65
@@ -98,14 +98,12 @@ def precision_on(
     if torch.device(device).type != "cuda": return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
-# %% ../../nbs/06_train/06_processes.ipynb #5a223993
+# %% ../../nbs/06_train/06_processes.ipynb #1bcd32b1
 def has_bf16(
     device="cpu", # a torch device that can be used
 )->bool:
-    "Whether a device has instructions for bfloat16."
-    if torch.device(device).type != "cpu": return True
-    if platform.machine() in ("x86_64", "AMD64"): return torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    "Whether a device has instructions for bfloat16; taken for granted where the system does not tell."
+    return torch.device(device).type != "cpu" or platform.system() != "Linux" or bool(bf16_flags())
 
 # %% ../../nbs/06_train/06_processes.ipynb #468afa3c
 def describe_device(
