@@ -171,3 +171,12 @@ def test_inference_compares_with_the_backend_that_predict_takes_here(model, data
         monkeypatch.setattr("binvision.model.backends.int8_flags", lambda: flags)
         assert list(backends(folder, 1)) == [m.backend for m in backends(folder, 1).values()] == names
         assert f"predict takes {names[0]}: this processor has" in capsys.readouterr().out
+
+
+def test_the_start_of_a_command_is_no_part_of_its_rate(monkeypatch, tmp_path):
+    import scale
+
+    costs = iter([(10., 4.), (30., 8.)])  # seconds that pass, and of processor time, for 1 and for 101 pictures
+    monkeypatch.setattr(scale, "taken", lambda work: (work(), next(costs))[1])
+    found = scale.rates({"way": lambda source, out: out.touch()}, {1: "1.txt", 101: "101.txt"}, tmp_path, rounds=1)
+    assert found == {"way": [[5., 25., 10., 4.]]} and not list(tmp_path.iterdir())
