@@ -121,13 +121,13 @@ def _check_address(address):
     except (OSError, OverflowError, UnicodeError) as e:
         raise UsageError(f"{named}: no Ray cluster there ({e})", "start one with ray start --head") from e
 
-# %% ../../nbs/11_scale/03_pool.ipynb #38fd3283
+# %% ../../nbs/11_scale/03_pool.ipynb #96dbefae
 def _connect(ray, address):
     "Connect to a cluster, or start one here."
     if address not in (None, "auto"): _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {} if address else {"include_dashboard": False}
-    try: ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    try: ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise UsageError(f"address {address}: no Ray cluster there ({e})", "start one with ray start --head") from e
 
