@@ -157,6 +157,7 @@ def test_a_worker_gives_its_trial_back_wherever_the_signal_finds_it(data, manife
 
     monkeypatch.setattr(module.ReportEpoch, "after_epoch", signalled)
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)  # this process goes on with other tests
     job = make_job(data, manifest, tmp_path, dict(space={"lr": {"low": 1e-3, "high": 2e-3}}, weights=None, epochs=30, trials=1, pruner="none", **SETTINGS))
     usual = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
