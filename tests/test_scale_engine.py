@@ -106,9 +106,11 @@ def test_a_check_on_two_nodes_finds_what_one_machine_finds(cluster, bins, tmp_pa
 
 
 DRIVER = """
+import signal
 import sys
 from binvision.scale.engine import predict_on
 predict_on(*sys.argv[1:4], address=sys.argv[4] or None, workers=2, shard_size=int(sys.argv[5]), batch_size=1)
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 """
 
 

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Task', 'Pool', 'results', 'cluster']
 
-# %% ../../nbs/11_scale/03_pool.ipynb #a588bd85
+# %% ../../nbs/11_scale/03_pool.ipynb #5212d5e6
 import os
 import re
+import signal
 import socket
 import tempfile
+import threading
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -121,15 +123,18 @@ def _check_address(address):
     except (OSError, OverflowError, UnicodeError) as e:
         raise UsageError(f"{named}: no Ray cluster there ({e})", "start one with ray start --head") from e
 
-# %% ../../nbs/11_scale/03_pool.ipynb #96dbefae
+# %% ../../nbs/11_scale/03_pool.ipynb #3a088ec4
 def _connect(ray, address):
     "Connect to a cluster, or start one here."
     if address not in (None, "auto"): _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {} if address else {"include_dashboard": False}
+    usual = signal.getsignal(signal.SIGTERM)
     try: ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise UsageError(f"address {address}: no Ray cluster there ({e})", "start one with ray start --head") from e
+    finally:  # Ray takes SIGTERM for itself, and keeps it when it has gone
+        if threading.current_thread() == threading.main_thread(): signal.signal(signal.SIGTERM, usual)
 
 
 @contextmanager
