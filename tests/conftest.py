@@ -18,6 +18,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGIN
 
 
 @pytest.fixture(autouse=True)
+def sigterm_ends_a_process():
+    "Each test finds SIGTERM as a new process does: Ray takes it for itself, and does not give it back."
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
 def no_log_of_the_past():
     "A service that was run in this process logs to the standard output of its test, which ends with the test."
     yield
