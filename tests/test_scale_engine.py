@@ -40,9 +40,7 @@ def cluster():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port})
     cluster.client = f"ray://127.0.0.1:{port}"
     cluster.add_node(num_cpus=1)
-    usual = signal.getsignal(signal.SIGTERM)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    signal.signal(signal.SIGTERM, usual)  # Ray takes it for itself; other tests need it
     yield cluster
     ray.shutdown()
     cluster.shutdown()

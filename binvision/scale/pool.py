@@ -123,7 +123,7 @@ def _check_address(address):
     except (OSError, OverflowError, UnicodeError) as e:
         raise UsageError(f"{named}: no Ray cluster there ({e})", "start one with ray start --head") from e
 
-# %% ../../nbs/11_scale/03_pool.ipynb #3a088ec4
+# %% ../../nbs/11_scale/03_pool.ipynb #3e79dd33
 def _connect(ray, address):
     "Connect to a cluster, or start one here."
     if address not in (None, "auto"): _check_address(address)
@@ -132,6 +132,7 @@ def _connect(ray, address):
     usual = signal.getsignal(signal.SIGTERM)
     try: ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as e:
+        if not address: raise UsageError(f"Ray does not start on this machine ({e})", "pass the --address of a cluster") from e
         raise UsageError(f"address {address}: no Ray cluster there ({e})", "start one with ray start --head") from e
     finally:  # Ray takes SIGTERM for itself, and keeps it when it has gone
         if threading.current_thread() == threading.main_thread(): signal.signal(signal.SIGTERM, usual)
