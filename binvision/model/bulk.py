@@ -129,19 +129,20 @@ def read_to(
             raise KeyboardInterrupt(f"the answers so far are in {journal}; the same command continues from there") from None
     return finish(journal, write, out, reader.columns, done)
 
-# %% ../../nbs/05_model/04_bulk.ipynb #4d301179
+# %% ../../nbs/05_model/04_bulk.ipynb #01b3e923
 def is_read(
     path:str|os.PathLike, # a Parquet file
     reader:Reader, # what would be asked
-    source:str|os.PathLike, # of these pictures: see list_sources
+    source:str|os.PathLike|None=None, # of exactly these pictures: see list_sources; None for any pictures
     root:str|os.PathLike|None=None, # where the paths in a list start
 )->bool:
-    "Whether a file holds the answers of a reader to exactly these pictures."
+    "Whether a file holds the answers of a reader."
     import pyarrow.parquet as pq
 
     if not os.path.lexists(path): return False
     try: plan = json.loads((pq.read_schema(regular_file(path)).metadata or {}).get(b"plan", b"{}"))
     except (OSError, ValueError): return False  # not a Parquet file, or somebody else's
+    if source is None: return {k: plan.get(k) for k in reader.about} == reader.about
     listed = lambda: list_sources(source, root)
     return plan == plan_of(reader.about, listed()) or plan == plan_of(reader.about, sorted(listed(), key=lambda s: id_order(s[0])))
 
