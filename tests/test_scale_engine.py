@@ -126,10 +126,34 @@ def test_a_client_far_from_the_cluster(cluster, bins, one, tmp_path):
 
 
 def test_without_an_address_a_run_has_a_cluster_of_its_own(bins, one, tmp_path):
-    "It does not look for another one on this machine, which may end at any moment."
+    "It does not look for another one on this machine, which may end at any moment, and other processes do not go before its workers."
     elsewhere = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
-    assert start(bins, tmp_path / "r.parquet", "", 20, env=elsewhere).wait(300) == 0
-    assert (tmp_path / "r.parquet").read_bytes() == one
+    driver, seen = start(bins, tmp_path / "r.parquet", "", 1, env=elsewhere), []
+
+    def watched():
+        for pid in workers():
+            if b"RAY_ADDRESS=127.0.0.1:1" in read(Path(f"/proc/{pid}/environ")): seen.append(priority(pid))
+        return driver.poll() is not None
+
+    until(watched)
+    assert driver.returncode == 0 and (tmp_path / "r.parquet").read_bytes() == one
+    assert set(seen) - {None} == {priority(0)}
+
+
+def priority(pid):
+    try: return os.getpriority(os.PRIO_PROCESS, pid)
+    except ProcessLookupError: return None
+
+
+def test_a_cluster_here_leaves_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for given, kept in ((None, "0"), ("7", "7")):
+        seen = []
+        if given: monkeypatch.setenv("RAY_worker_niceness", given)
+        monkeypatch.setattr(ray, "init", lambda **kwargs: seen.append(os.environ.get("RAY_worker_niceness")))
+        with pool.cluster(): assert os.environ.get("RAY_worker_niceness") == given
+        assert seen == [kept]
 
 
 # What dies, what joins, and what is busy
@@ -182,6 +206,43 @@ def test_a_part_that_always_kills_its_worker_is_named(cluster, bins, tmp_path, m
 
     monkeypatch.setattr(pool, "_Worker", Dying)
     with pytest.raises(DataError, match=r"part \d+: failed 2 times"): predict_on(SMALL, bins / "bin-images", tmp_path / "r.parquet", tries=2)
+
+
+def test_a_run_without_room_says_so_once_and_waits(cluster, bins, one, tmp_path, monkeypatch, capsys):
+    class Holder: pass
+
+    holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(2)]
+    until(lambda: not ray.available_resources().get("CPU"))
+    tell = pool.Pool.tell
+
+    def told(a_pool):
+        tell(a_pool)
+        while a_pool.told and holders: ray.kill(holders.pop())
+
+    monkeypatch.setattr(pool, "_PATIENCE", 0)
+    monkeypatch.setattr(pool.Pool, "tell", told)
+    predict_on(SMALL, bins / "bin-images", tmp_path / "r.parquet", workers=2, shard_size=8)
+    assert (tmp_path / "r.parquet").read_bytes() == one
+    assert capsys.readouterr().err.count("0 of 2 workers have started. Each needs 1 CPU; the cluster has 2 CPU, and 0 CPU free") == 1
+
+
+def test_workers_that_no_machine_can_hold(cluster, bins, tmp_path):
+    error = run("predict", SMALL, bins, "--out", tmp_path / "r.jsonl", "--engine", "ray", "--threads", 2, status=2).stderr
+    assert "it needs 2 CPU, and a machine has at most 1 CPU" in error
+
+
+def test_a_cluster_that_loses_its_head(cluster, bins, one, tmp_path):
+    "Ray would end the process after a minute, without a word on what is kept."
+    other, out = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}), tmp_path / "r.parquet"
+    quick = "from binvision.scale import pool\npool._TICK = pool._GONE = .2\n" + DRIVER
+    command = [sys.executable, "-c", quick, SMALL, bins / "bin-images", out, other.address, 1]
+    driver = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True)
+    until(lambda: list(Path(f"{out}.parts").glob("*.part")) or driver.poll() is not None)
+    os.kill(other.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+    error = driver.communicate(timeout=60)[1]
+    other.shutdown()
+    assert "the Ray cluster is lost" in error and "the same command goes on" in error and not out.exists()
+    assert predict_on(SMALL, bins / "bin-images", out, workers=2, shard_size=1).resumed and out.read_bytes() == one
 
 
 def test_a_node_that_joins_late_takes_part(cluster, bins, one, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_on', 'predict_on']
 
-# %% ../../nbs/11_scale/04_engine.ipynb #e35d4f52
+# %% ../../nbs/11_scale/04_engine.ipynb #9b4bf426
 import json
 import math
 import os
@@ -15,13 +15,14 @@ from itertools import islice
 from pathlib import Path
 
 from ..data.sources import Shard, id_order, share_of
+from ..fetch.places import list_anywhere
 from ..ground.core import DataError, UsageError, atomic_write, bin_id, disk_errors, locked, read_file, remove
 from ..ground.journal import Written, plan_of, writer_of
 from ..ground.pictures import PICTURES
 from ..ground.settings import checked, takes
 from ..model.bulk import Reader, about_part, part_of, prediction_reader
 from ..model.predict import check_batch_size, load_model
-from .pictures import list_anywhere
+from .pictures import bucket_of
 from .pool import Pool, Task, cluster, results
 from .settings import EngineSettings
 from .shards import merge
@@ -97,7 +98,7 @@ def _answer_parts(task, out, plan, settings, batch_size):
             bar.update(len(named))
     return before
 
-# %% ../../nbs/11_scale/04_engine.ipynb #34aca634
+# %% ../../nbs/11_scale/04_engine.ipynb #fdb49999
 def read_on(
     task:Task, # what workers do
     source:str|os.PathLike, # a folder, a list (see list_sources), or an address such as s3://bucket/prefix/
@@ -106,21 +107,26 @@ def read_on(
     batch_size:int=8, # pictures that go through the network together, 1 to 4,096
     overwrite:bool=False, # replace an existing result
     settings:EngineSettings=EngineSettings(), # how many workers, and where
+    through=iter, # a function that the listing goes through before the work begins; it may refuse it
 )->Written:
     "Read pictures on many machines into one file, or resume doing so. Raises `UsageError` or `DataError`."
     out, folder = Path(out), Path(f"{out}.parts")
     writer_of(out, overwrite)
     check_batch_size(batch_size)
     about = json.loads(json.dumps(task.reader.about | {"source": str(source), "root": root and str(root)}))
+    listing = lambda: through(list_anywhere(source, root, bucket_of(settings)))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder) as ours:
             if ours is False:
                 raise UsageError(f"{folder}: another run is at work there", "wait for it, or pass another --out")
-            plan = _begun(folder, about, lambda: list_anywhere(source, root, settings), settings.shard_size)
+            plan = _begun(folder, about, listing, settings.shard_size)
             try: before = _answer_parts(task, out, plan, settings, batch_size)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"the parts are in {folder}; the same command continues from there") from None
+            except ConnectionError as e:
+                raise DataError(f"the Ray cluster is lost ({e})",
+                                f"see that its head runs; the same command goes on with the parts in {folder}") from e
             done = merge(list(_files(out, plan).values()), out, overwrite)
             remove(folder)
     done.resumed = before
