@@ -45,7 +45,7 @@ LINES = {
 # Where the work begins
 WORK = ["synthetic.synthesize._write_bins", "data.explore._tables", "split.leaks.leak_report", "split.folds.write_folds",
         "fetch.ledger.FetchFolder.open", "fetch.fetch.estimate", "fetch.choose.list_ids", "fetch.index._locked",
-        "train.train._Run.learner", "evaluate.report._answered", "evaluate.ensemble._calibrate_mean", "model.quantize.prepare",
+        "train.train._Run.learner", "evaluate.report._answered", "evaluate.ensemble.write_average", "model.quantize.prepare",
         "search.search._write_settings", "search.search.cache_features", "serve.run.run_until_sigterm",
         "review.server.run_until_sigterm", "cli.demo._demo_data"]
 

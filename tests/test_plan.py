@@ -216,6 +216,7 @@ def test_the_loss_of_a_student_is_the_mixture():
 
 def test_mirror_images_and_members_of_other_sizes(tmp_path, data, manifest, run_folder, model):
     "One model looks twice in one file, with features of both images; a card whose views do not fit is refused."
+    import torch
     from binvision.check.features import FeatureModel
     from binvision.evaluate.ensemble import Mirrored, ensemble
     from binvision.model.folder import read_card
@@ -235,7 +236,17 @@ def test_mirror_images_and_members_of_other_sizes(tmp_path, data, manifest, run_
     mixed = ensemble(data, manifest, [other, model], tmp_path / "mixed") / "model"
     assert read_card(mixed)["size"] == 64 and [view["size"] for view in read_card(mixed)["views"]] == [32, 64]
     assert not predict(mixed, pictures).failed
-    with pytest.raises(UsageError, match="(?s)fewer than two.*--mirror"): ensemble(data, manifest, [model], tmp_path / "no")
+    with pytest.raises(UsageError, match="(?s)looks once.*--mirror"): ensemble(data, manifest, [model], tmp_path / "no")
+    with pytest.raises(UsageError, match="half to twice"): ensemble(data, manifest, [model], tmp_path / "no", scales=(1, 4))
+
+    scaled = ensemble(data, manifest, [other, model], tmp_path / "scaled", mirror=True, scales=(1, 1.25)) / "model"
+    assert [view["size"] for view in read_card(scaled)["views"]] == [32, 64, 40, 80]
+    net, alone = load_torch(scaled), [load_torch(other), load_torch(model)]
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p = torch.stack([m(view(y)).softmax(1) for view, m in zip(net.views, alone * 2) for y in (x, x.flip(3))]).mean(0)
+        q = net(x).softmax(1) ** read_card(scaled)["temperature"]
+    torch.testing.assert_close(p, q / q.sum(1, keepdim=True), atol=1e-5, rtol=1e-4)
 
     text = json.loads((mixed / "card.json").read_text())
     for views in ([text["views"][0]], [{"size": 32}] * 2, [text["views"][0] | {"std": [0., 0., 0.]}] * 2):

@@ -45,19 +45,22 @@ def _evaluate(
     say(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
     name_failures((f["file"], f["reason"]) for f in result["failed"])
 
-# %% ../../nbs/13_cli/05_model.ipynb #0af5f513
+# %% ../../nbs/13_cli/05_model.ipynb #69c3be2e
 @command
 def _ensemble(
     data:Path, # data set folder
     manifest:Path, # manifest that all models were trained on
-    models:list[Path], # model folders, two or more, trained on this manifest; one is enough with --mirror
+    models:list[Path], # model folders, two or more, trained on this manifest; one is enough with --mirror or --scales
     out:Path=Path("runs/ensemble"), # folder to make; the model is in OUT/model
     mirror:bool=False, # look at the mirror image of each picture, too
+    scales:str="1", # look at each picture at these scales, with commas, such as 1,1.125
 ):
     "Make one model of several: the mean of their answers, calibrated on the valid part."
     from binvision.evaluate.ensemble import ensemble
 
-    ensemble(data, manifest, models, out, mirror)
+    try: looks = tuple(map(float, scales.split(",")))
+    except ValueError: raise UsageError(f"--scales {scales!r}: not understood", "pass numbers with commas, such as 1,1.125") from None
+    ensemble(data, manifest, models, out, mirror, looks)
 
 # %% ../../nbs/13_cli/05_model.ipynb #993b7882
 def _show_cost(made, model):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Mirrored', 'write_average', 'ensemble']
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #87c5444e
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #5ff84184
 import os
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from ..ground.core import DataError, UsageError, sha256
 from ..ground.machine import versions
 from ..ground.outputs import output_folder
 from ..split.manifest import manifest_images
-from ..model.folder import read_card
 from ..model.predict import Model, load_model, predict
 from ..model.scores import softmax
 
@@ -38,14 +38,20 @@ class Mirrored(Model):
         both = [softmax(self.once(x, one_core)) for x in (batch, mirrored)]
         return np.log(np.mean(both, 0).clip(1e-30, 1)).astype(np.float32)
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #1e17f14d
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #cca0680e
+def _check_looks(models, mirror, scales):
+    "Raise `UsageError` for odd scales, or if there is nothing to average."
+    if not scales or not all(.5 <= scale <= 2 for scale in scales):
+        raise UsageError(f"scales {scales}: a picture is looked at from half to twice its size", "pass such as 1,1.125")
+    if len(models) * (1 + mirror) * len(scales) < 2:
+        raise UsageError("an ensemble of one model that looks once", "pass two models or more, or mirror=True (--mirror), or scales")
+
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #b972a456
 _SHARED = ("counts", "resize") # what the cards of members have in common
 
 
-def _check_members(models, manifest, least=2):
+def _check_members(models, manifest=None):
     "Raise `UsageError` for the first model that cannot be a member."
-    if len(models) < least:
-        raise UsageError("an ensemble of fewer than two models", "pass two or more, or one with mirror=True (--mirror)")
     first, known = models[0], {}
     for m in models:
         if "members" in m.card: raise UsageError(f"{m.folder}: is an ensemble itself", "pass its members")
@@ -58,30 +64,27 @@ def _check_members(models, manifest, least=2):
         same = known.setdefault(m.card["files"]["model.onnx"], m.folder)
         if same is not m.folder: raise UsageError(f"{m.folder}: is the same network as {same}", "pass each model once")
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #89074312
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #7421f6b1
 _WANTS = ("size", "mean", "std") # how a network wants its pictures
 
 
-class _Seen(Model):
-    "A member that gets its pictures as another card says."
+def _views(cards, scales):
+    "How all networks see a picture, at one scale after the other."
+    return [{k: card[k] for k in _WANTS} | {"size": round(card["size"] * scale)} for scale in scales for card in cards]
 
-    def __init__(self, model, card):
-        from binvision.train.networks import View  # torch is slow to load, and Mirrored does not need it
-
-        vars(self).update(vars(model), once=model.logits, view=View(card, model.card))
-        self.card = model.card | {k: card[k] for k in _WANTS}
-
-    def logits(self, batch, one_core=False):
-        import torch
-
-        with torch.no_grad(): return self.once(self.view(torch.from_numpy(batch)).numpy(), one_core)
-
-
-def _as_used(models, mirror):
-    "The members as they will answer in the ensemble."
-    card = max((m.card for m in models), key=lambda card: card["size"])
-    seen = [m if all(m.card[k] == card[k] for k in _WANTS) else _Seen(m, card) for m in models]
-    return [Mirrored(m) for m in seen] if mirror else seen
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #7c9b86dc
+def _ensemble_card(models, mirror, scales, manifest_sha256, training):
+    "The card of an ensemble that is not calibrated."
+    cards = [m.card for m in models]
+    given, views = max(cards, key=lambda card: card["size"]), _views(cards, scales)
+    differ = any(view[k] != given[k] for view in views for k in _WANTS)
+    each = {"members": [card.get("training") for card in cards], "networks": [card["files"]["model.onnx"] for card in cards]}
+    name = f"ensemble-of-{len(cards)}" if len(cards) > 1 else given["arch"]
+    return {"arch": name + "-mirrored" * mirror + f"-at-{len(scales)}-scales" * (len(scales) > 1),
+            "members": [card["arch"] for card in cards], **({"views": views} if differ else {}),
+            "mirror": mirror, **{k: given[k] for k in (*_SHARED, *_WANTS)}, "temperature": 1., "metrics": {},
+            "versions": versions(), "manifest_sha256": manifest_sha256, "training": training | each,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 # %% ../../nbs/07_evaluate/05_ensemble.ipynb #ae8fa478
 def _distributions(model, rows):
@@ -100,36 +103,25 @@ def _valid_rows(data, manifest):
         raise UsageError(f"{manifest}: {len(rows)} bins in its valid part", "split with larger fractions or more data")
     return rows
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #02fec726
-def _calibrate_mean(models, rows):
-    "The temperature of the mean of the models' distributions, and its figures; prints those of all."
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #e0cee9fe
+def _calibrated(models, rows):
+    "The temperature of the last one of some models, and its figures; prints those of all."
     from binvision.train.publish import calibrated
 
-    counts, each = np.array(models[0].card["counts"]), [_distributions(m, rows) for m in models]
+    counts = np.array(models[0].card["counts"])
     labels = np.searchsorted(counts, rows["count"].astype(int))
-    for name, p in [(m.folder, p) for m, p in zip(models, each)] + [("together", np.mean(each, 0))]:
-        temperature, scored = calibrated(np.log(p.clip(1e-12)), labels, counts)
+    for m, name in zip(models, [m.folder for m in models[:-1]] + ["together"]):
+        temperature, scored = calibrated(np.log(_distributions(m, rows).clip(1e-12)), labels, counts)
         print(f"{name}: " + " ".join(f"{k}={scored[k]:.4f}" for k in ("accuracy", "mae", "nll")), flush=True)
     return temperature, scored
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #409fa11a
-def _ensemble_card(used, mirror, manifest_sha256, training):
-    "The card of an ensemble, without its temperature and figures; `used` comes from _as_used."
-    card, names, n = used[0].card, [m.card["arch"] for m in used], len(used)
-    wants = [{k: read_card(m.folder)[k] for k in _WANTS} for m in used]
-    views = {"views": wants} if any(w[k] != card[k] for w in wants for k in _WANTS) else {}
-    each = {"members": [m.card.get("training") for m in used], "networks": [m.card["files"]["model.onnx"] for m in used]}
-    return {"arch": (f"ensemble-of-{n}" if n > 1 else names[0]) + "-mirrored" * mirror, "members": names, **views,
-            "mirror": mirror, **{k: card[k] for k in (*_SHARED, *_WANTS)}, "versions": versions(),
-            "manifest_sha256": manifest_sha256, "training": training | each,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #4a19fbd6
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #1d90a4a6
 def write_average(
     folder:str|os.PathLike, # the model folder to write; an existing one is replaced
     models:list, # model folders, or models
     rows:pd.DataFrame|None=None, # bins that no member has learned from, with counts and paths; None: not calibrated
     mirror:bool=False, # look at mirror images too
+    scales:tuple=(1.,), # at which to look, relative to the size that a model wants
     manifest_sha256:str|None=None, # of the split
     **training, # what else the card says of the training
 )->Path: # the folder
@@ -138,29 +130,33 @@ def write_average(
     from binvision.train.publish import save_torch
 
     opened = [m if isinstance(m, Model) else load_model(m, "fp32") for m in models]
-    _check_members(opened, None, 1 if mirror else 2)
-    used = _as_used(opened, mirror)
-    card = _ensemble_card(used, mirror, manifest_sha256, training)
-    temperature, scored = (1., None) if rows is None else _calibrate_mean(used, rows)
-    views = [View(card, view) for view in card.get("views", [])]
-    average = Average([load_torch(m.folder) for m in opened], temperature, views, mirror)
-    card |= {"temperature": temperature, "metrics": {"valid": scored} if scored else {}}
+    _check_looks(opened, mirror, scales)
+    _check_members(opened)
+    card = _ensemble_card(opened, mirror, scales, manifest_sha256, training)
+    average = Average([load_torch(m.folder) for m in opened], 1., [View(card, view) for view in card.get("views", [])], mirror)
+    if rows is not None:
+        with tempfile.TemporaryDirectory() as draft:
+            made = load_model(save_torch(Path(draft)/"model", card, average), "fp32")
+            card["temperature"], card["metrics"]["valid"] = _calibrated([*opened, made], rows)
+        average.temperature.fill_(card["temperature"])
     return save_torch(folder, card, average)
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #86c88131
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #2299e907
 def ensemble(
     data:str|os.PathLike, # the data set folder
     manifest:str|os.PathLike, # the manifest that all members were trained on
-    models:list, # model folders, two or more; one is enough with mirror
+    models:list, # model folders, two or more; one is enough with mirror or scales
     out:str|os.PathLike="runs/ensemble", # the folder to make
     mirror:bool=False, # look at the mirror image of each picture, too
+    scales:tuple=(1.,), # at which to look, relative to the size that a model wants; 0.5 to 2
 )->Path: # out, with the model in out/model
     "Make one model of several (Lakshminarayanan et al. 2017). Raises `UsageError` for models that do not go together."
+    _check_looks(models, mirror, scales)
     out = output_folder(out, data)
     if out.is_dir() and any(out.iterdir()): raise UsageError(f"{out}: is not empty", "choose another out")
     opened = [m if isinstance(m, Model) else load_model(m, "fp32") for m in models]
-    _check_members(opened, manifest, 1 if mirror else 2)
+    _check_members(opened, manifest)
     rows, sha = _valid_rows(data, manifest), opened[0].card["manifest_sha256"]
-    write_average(out/"model", opened, rows, mirror, sha, manifest=str(manifest))
+    write_average(out/"model", opened, rows, mirror, scales, sha, manifest=str(manifest))
     print(f"model: {out/'model'}", flush=True)
     return out

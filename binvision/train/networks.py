@@ -6,9 +6,10 @@
 __all__ = ['binvision_tiny', 'bare_network', 'layer_groups', 'near_zero_head', 'View', 'Average', 'load_torch', 'build_model',
            'normalisation']
 
-# %% ../../nbs/06_train/04_networks.ipynb #f477ee79
+# %% ../../nbs/06_train/04_networks.ipynb #bc36d60d
 import os
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +142,9 @@ class View(nn.Module):
         x = x*self.scale + self.shift
         return x if self.size is None else interpolate(x, self.size, mode="bilinear", antialias=True)
 
-# %% ../../nbs/06_train/04_networks.ipynb #2ec05be4
+# %% ../../nbs/06_train/04_networks.ipynb #8cce5581
 class Average(nn.Module):
-    "Several networks that answer as one: logits of the mean of their distributions, at a temperature."
+    "Several networks, each with one or more views of the picture, that answer as one: logits of the mean of their distributions."
 
     def __init__(self, members, temperature=1., views=(), mirror=False):
         super().__init__()
@@ -153,7 +154,7 @@ class Average(nn.Module):
 
     def forward(self, x):
         if self.mirror: x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)
-        p = torch.stack([m(view(x)).softmax(-1) for m, view in zip(self.members, self.views)]).mean(0)
+        p = torch.stack([m(view(x)).softmax(-1) for m, view in zip(cycle(self.members), self.views)]).mean(0)
         if self.mirror: p = p.unflatten(0, (-1, 2)).mean(1)
         return p.clamp(min=1e-12).log() / self.temperature
 
