@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/13_cli/09_check.ipynb #fa739aed
+# %% ../../nbs/13_cli/09_check.ipynb #bd9ac491
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from .options import command
 from ..ground.core import UsageError
 from ..check.settings import CheckSettings
 from ..ground.settings import AtLeastOne, Seed, takes
-from ..scale.settings import SharingSettings, sharing
+from ..scale.settings import EngineSettings, SharingSettings, sharing
 
 # %% ../../nbs/13_cli/09_check.ipynb #1c0d1aa2
 @command
@@ -58,12 +58,12 @@ def _look(model, data, shard, *options):
 class _Options(SharingSettings, CheckSettings):
     "All settings of `binvision check`."
 
-# %% ../../nbs/13_cli/09_check.ipynb #fd7d80fc
+# %% ../../nbs/13_cli/09_check.ipynb #a9c3ec97
 @command
 @takes(_Options)
 def _check(
     model:Path, # model folder with evidence
-    data:Path, # data set folder: pictures and documents
+    data:str, # data set folder, pictures and documents; with --records a folder or list of pictures, or s3://bucket/prefix/ with --engine ray
     out:Path=Path("check"), # folder for findings.parquet, queue.csv, check.html; a stopped check goes on
     budget:AtLeastOne=200, # bins to put into the queue
     random:Annotated[int, Field(ge=0)]|None=None, # how many of these at random, to judge all records by; None for a quarter
@@ -73,19 +73,23 @@ def _check(
     batch_size:AtLeastOne=8, # pictures that go through the network together
     shown:Annotated[int, Field(ge=0, le=1000)]=24, # bins to show on the page
     overwrite:bool=False, # look at all pictures again
+    records:Path|None=None, # table of records, .parquet or .csv: id and count, or a row for each item; or a catalogue; None for documents
     **kwargs,
 ):
     "Compare every record with its picture: findings, the queue of bins to look at, and a page."
     from binvision.check.check import check
+    from binvision.fetch.stock import stock_of
+    from binvision.scale.pictures import bucket_of
 
     engine, shard = sharing(kwargs)
+    data = stock_of(data, records, bucket_of(EngineSettings(**engine or {})))
     if shard: return _look(model, data, shard, out, batch_size, overwrite, kwargs["picture_only"])
     if engine:
         from binvision.scale.checks import look_on
 
         look_on(model, data, out, batch_size, overwrite, kwargs["picture_only"], **engine)
     done = check(model, data, out, budget, random, value, _rates(rate), seed, batch_size, shown, overwrite and not engine, **kwargs)
-    for note in done.queue.notes: typer.echo(f"note: {note}", err=True)
+    for note in done.notes: typer.echo(f"note: {note}", err=True)
     typer.echo(f"{done}\nqueue: {out/'queue.csv'}\nopen {out/'check.html'}")
 
 # %% ../../nbs/13_cli/09_check.ipynb #a3dbf3f1

@@ -23,7 +23,7 @@ from .places import Fetcher, is_url, list_anywhere
 from ..ground.core import DataError, ImageError, UsageError, bin_id, visible
 from ..ground.settings import checked
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #21d9ab89
+# %% ../../nbs/03_fetch/07_stock.ipynb #cbcc9b34
 def pictures_of(
     data:Path, # the data set folder
 )->Path:
@@ -38,7 +38,8 @@ class Stock:
     records:Documents|RecordTable
     home:Path|None=None # the folder in which the names of pictures start; None for a list or an address
     bucket:Bucket=Bucket() # how to reach buckets
-    notes:list=field(default_factory=list) # what did not fit together, or could not be fetched
+    notes:list=field(default_factory=list) # what did not fit together
+    lost:list=field(default_factory=list) # what could not be fetched for a page, and why
 
     @property
     def has_table(self): return isinstance(self.records, RecordTable)
@@ -55,7 +56,7 @@ class Stock:
 
     def __repr__(self): return f"Stock: pictures of {self.pictures}, {'a table of' if self.has_table else 'documents as'} records"
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #19cd3248
+# %% ../../nbs/03_fetch/07_stock.ipynb #7ccd199c
 _NEEDS = "pass --records, a table with the columns id and count, such as binvision index writes"
 
 
@@ -69,10 +70,10 @@ def stock_of(
     listed = not is_url(data) and Path(data).is_file() and Path(data).suffix.lower() in LISTS
     if records is None:
         if is_url(data) or listed: raise UsageError(f"{data}: pictures without records", _NEEDS)
-        return Stock(str(pictures_of(data_folder(data))), Documents(data), Path(data))
-    if is_url(data): return Stock(f"{str(data).rstrip('/')}/", RecordTable(records), None, bucket)
-    if not listed and not Path(data).is_file(): return Stock(str(pictures_of(data_folder(data))), RecordTable(records), Path(data))
+        return Stock(str(pictures_of(data_folder(data))), Documents(data), Path(data), bucket)
     if listed: return Stock(str(data), RecordTable(records), None, bucket)
+    if is_url(data): return Stock(f"{str(data).rstrip('/')}/", RecordTable(records), None, bucket)
+    if not Path(data).is_file(): return Stock(str(pictures_of(data_folder(data))), RecordTable(records), Path(data), bucket)
     raise DataError(f"{data}: no list of pictures", f"pass a folder, an address, or a file that ends in {' or '.join(sorted(LISTS))}")
 
 # %% ../../nbs/03_fetch/07_stock.ipynb #2da9d65d
@@ -111,7 +112,7 @@ def _compare(self:Stock, pictures):
     if bare: self.notes.append(f"pictures without a record: {_some(bare)} (nothing can be said of them)")
     if alone: self.notes.append(f"records without a picture: {_some(alone)} (left out)")
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #3382b031
+# %% ../../nbs/03_fetch/07_stock.ipynb #85578a26
 @patch
 def name_of(self:Stock,
     source:str, # a name from the listing
@@ -133,8 +134,8 @@ def picture(self:Stock,
     if path is None: raise ImageError(f"{visible(image)}: is not in the list {self.pictures}", "make the check again", "missing")
     try: found = self.fetch(path)
     except DataError as e:
-        self.notes.append(f"{visible(path)}: cannot be fetched ({e.problem})")
-        raise ImageError(self.notes[-1], e.hint or "check the network and the access to it", "unreadable") from e
+        problem, hint = f"{visible(path)}: cannot be fetched ({e.problem})", e.hint or "check the network and the access to it"
+        raise ImageError(problem, hint, "unreadable") from e
     return found if isinstance(found, bytes) else Path(found)
 
 # %% ../../nbs/03_fetch/07_stock.ipynb #28c9fe39

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bins', 'open_bins', 'item_row', 'opinion']
 
-# %% ../../nbs/10_review/07_photos.ipynb #92e051f9
+# %% ../../nbs/10_review/07_photos.ipynb #25053bb6
 import io
 import json
 import os
@@ -21,22 +21,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from ..check.page import in_words, read_record
+from ..check.page import in_words
 from ..check.queue import read_findings, read_queue
 from ..data.documents import shorten
-from ..data.images import data_folder
 from ..data.related import neighbours
-from ..ground.core import DataError, ImageError, read_file, regular_file, sha256, visible
+from ..fetch.stock import Stock, stock_from, stock_of
+from ..ground.core import DataError, ImageError, UsageError, read_file, regular_file, sha256, visible
 from ..ground.pictures import PICTURE_PROBLEMS, load_image
 
-# %% ../../nbs/10_review/07_photos.ipynb #98e946c9
+# %% ../../nbs/10_review/07_photos.ipynb #ce36c427
 @dataclass(repr=False)
 class Bins:
     "The bins of a queue, with what is known of them."
     folder:Path # that binvision check wrote
     queue:pd.DataFrame # as read_queue gives it
     findings:pa.Table # of all bins
-    data:Path # the data set folder
+    stock:Stock # their photos and records
     model:str|None # hash of the model's network
     hash:str # SHA-256 of the findings
     study:bool=False # whether record and model stay hidden
@@ -48,7 +48,7 @@ class Bins:
 
     def __repr__(self): return f"Bins: {len(self.queue):,} of {len(self.findings):,} in the queue"
 
-# %% ../../nbs/10_review/07_photos.ipynb #e4886a56
+# %% ../../nbs/10_review/07_photos.ipynb #f74da9df
 _AGAIN = "make the check again: binvision check"
 
 
@@ -61,18 +61,19 @@ def _about(folder):
     return about
 
 
-def _data_of(folder, about, data):
-    "The data set folder of a check."
+def _stock_of(folder, about, data):
+    "The photos and records of a check."
     hint = "pass --data, the data set folder"
     if data is None and not isinstance(about.get("data"), str):
         raise DataError(f"{folder/'check.json'}: does not say where the photos are", hint)
-    try: return data_folder(folder/about["data"] if data is None else data)
-    except DataError as e: raise DataError(f"{e.problem}, and the photos of {folder} should be there", hint) from e
+    try: return stock_from(about, folder) if data is None else stock_of(data)
+    except (DataError, UsageError) as e:
+        raise DataError(f"{e.problem}, and the photos and records of {folder} should be there", hint) from e
 
-# %% ../../nbs/10_review/07_photos.ipynb #2747a3d1
+# %% ../../nbs/10_review/07_photos.ipynb #ad331125
 def open_bins(
     folder:str|os.PathLike, # of a check
-    data:str|os.PathLike|None=None, # the data set folder; None for the one that the check looked at
+    data=None, # the data set folder, or a Stock; None for what the check looked at
 )->Bins:
     "Open the folder of a check. Raises `DataError` for one that is none, and for a queue of other findings."
     folder = Path(folder)
@@ -86,7 +87,7 @@ def open_bins(
         gone = visible(str(queue["id"][found.is_null().to_numpy(zero_copy_only=False)].iloc[0]))
         hint = "the two belong to different checks: make them again"
         raise DataError(f"{folder/'queue.csv'}: bin {gone} is not among the findings", hint)
-    place = _data_of(folder, about, data)
+    place = _stock_of(folder, about, data)
     return Bins(folder, queue, findings, place, about.get("model"), sha256(path), bool(about.get("study")))
 
 # %% ../../nbs/10_review/07_photos.ipynb #9c73f43f
@@ -118,7 +119,7 @@ def opinion(
     return {"says": visible(in_words(finding)), "bars": [(count, round(p, 3)) for count, p in counts if pd.notna(p)],
             **{name: finding[name] for name in ("count", "low", "high")}}
 
-# %% ../../nbs/10_review/07_photos.ipynb #d97177f3
+# %% ../../nbs/10_review/07_photos.ipynb #3abf3770
 _KINDS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"} # first bytes → media type
 _ASK = "judge it by skip, or ask for a new one by retake"
 
@@ -128,20 +129,20 @@ def photo(self:Bins,
     id:str, # of any bin of the check
 )->tuple: # bytes, media type
     "The photo of a bin. Raises `ImageError` where there is none that can be shown."
-    image = (self.finding(id) or {}).get("image")
-    path = self.data/(image or "")
+    image, home = (self.finding(id) or {}).get("image"), self.stock.home
     if not image: raise ImageError(f"{visible(id)}: there is no photo", _ASK, "missing")
-    if not path.resolve().is_relative_to(self.data.resolve()):
+    found = self.stock.picture(image)
+    if home and not found.resolve().is_relative_to(home.resolve()):
         raise ImageError(f"{visible(id)}: the photo is not in the data set folder", _ASK, "unreadable")
-    if not path.exists(): raise ImageError(f"{visible(image)}: the photo has gone", _ASK, "missing")
-    raw = read_file(path)
+    if isinstance(found, Path) and not found.exists(): raise ImageError(f"{visible(image)}: the photo has gone", _ASK, "missing")
+    raw = found if isinstance(found, bytes) else read_file(found)
     kind = next((kind for start, kind in _KINDS.items() if raw.startswith(start)), None)
     if kind: return raw, kind
     out = io.BytesIO()
     load_image(raw).save(out, "JPEG", quality=90)
     return out.getvalue(), "image/jpeg"
 
-# %% ../../nbs/10_review/07_photos.ipynb #e2babcf7
+# %% ../../nbs/10_review/07_photos.ipynb #f5a968f3
 @patch
 def beside(self:Bins,
     id:str, # of a bin
@@ -151,9 +152,9 @@ def beside(self:Bins,
     held, at, (a, b) = {item["asin"] for item in items}, pc.index(self.findings["id"], id).as_py(), self.pairs
     near = self.findings.select(["id", "image"]).take(np.concatenate([a[b == at], b[a == at]])).to_pylist()
     return [row["id"] for row in near
-            if row["image"] and held & {item["asin"] for item in read_record(self.data, row["id"], {})[1]}]
+            if row["image"] and held & {item["asin"] for item in self.stock.records.of(row["id"])[1]}]
 
-# %% ../../nbs/10_review/07_photos.ipynb #752a410c
+# %% ../../nbs/10_review/07_photos.ipynb #1dabe09a
 @patch
 def view(self:Bins,
     place:int, # in the queue, from 1
@@ -162,7 +163,7 @@ def view(self:Bins,
     row = self.queue.iloc[place - 1]
     shown = {"place": place, "id": row["id"], "photos": [row["id"]], "items": []}
     if self.study: return shown | dict.fromkeys(("recorded", "problem", "why"))
-    _, items, problem = read_record(self.data, row["id"], {})
+    _, items, problem = self.stock.records.of(row["id"])
     before_after = self.beside(row["id"], items)
     photos = sorted([row["id"], *before_after], key=lambda id: (len(id), id))
     why = "drawn at random" if row["why"] == "random" else "the record is doubtful"

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['look', 'look_on']
 
-# %% ../../nbs/11_scale/05_checks.ipynb #95494993
+# %% ../../nbs/11_scale/05_checks.ipynb #5c54efb3
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..check.check import look_reader, pictures_of
+from ..check.check import look_reader
 from ..check.fit import EVIDENCE
-from ..data.images import data_folder
 from ..data.sources import Shard
+from ..fetch.stock import Stock, stock_of
 from ..ground.journal import Written
 from ..ground.outputs import output_folder
 from ..ground.settings import checked, takes
@@ -22,10 +23,10 @@ from .engine import read_on
 from .pool import Task
 from .settings import EngineSettings
 
-# %% ../../nbs/11_scale/05_checks.ipynb #f4eff554
+# %% ../../nbs/11_scale/05_checks.ipynb #be49afe3
 def look(
     model, # the path of a model folder that holds evidence
-    data:str|os.PathLike, # the data set folder: pictures and documents
+    data, # the data set folder, pictures and documents; or a Stock, pictures and a table of records
     shard:Shard, # the part of the pictures
     out:str|os.PathLike="check", # the folder to write; a stopped run goes on
     batch_size:int=8, # pictures that go through the network together
@@ -33,15 +34,16 @@ def look(
     picture_only:bool=False, # see CheckSettings
 )->Written:
     "The first pass of a check over one part of the pictures. Raises `UsageError` or `DataError` before it starts."
-    data = data_folder(data)
-    path, reader = output_folder(out, data)/"pictures.parquet", look_reader(model, picture_only)
-    return read_to(reader, pictures_of(data), path, None, batch_size, overwrite, shard)
+    stock = stock_of(data)
+    stock.check_local()
+    path, reader = output_folder(out, stock.home)/"pictures.parquet", look_reader(model, picture_only)
+    return read_to(reader, stock.pictures, path, None, batch_size, overwrite, shard)
 
-# %% ../../nbs/11_scale/05_checks.ipynb #d1060153
+# %% ../../nbs/11_scale/05_checks.ipynb #2e84e1e5
 @takes(EngineSettings)
 def look_on(
     model:str|os.PathLike, # a model folder that holds evidence
-    data:str|os.PathLike, # the data set folder: pictures and documents
+    data, # the data set folder, pictures and documents; or a Stock, which also says how to reach its bucket
     out:str|os.PathLike="check", # the folder to write; a stopped run goes on
     batch_size:int=8, # pictures that go through the network together
     overwrite:bool=False, # look at all pictures again
@@ -49,10 +51,12 @@ def look_on(
     **kwargs,
 )->Path: # pictures.parquet; one that is there already is left as it is
     "The first pass of a check on many machines. Raises `UsageError` or `DataError`."
-    settings, data = checked(EngineSettings, kwargs), data_folder(data)
-    path, model = output_folder(out, data)/"pictures.parquet", Path(model)
+    settings, stock = checked(EngineSettings, kwargs), stock_of(data)
+    path, model = output_folder(out, stock.home)/"pictures.parquet", Path(model)
     if path.exists() and not overwrite: return path
     opens, names = partial(look_reader, picture_only=picture_only, threads=1), ["card.json", "model.onnx", EVIDENCE]
     task = Task(opens(model), model, [name for name in names if (model/name).exists()], opens)
-    read_on(task, pictures_of(data), path, None, batch_size, overwrite, settings)
+    if isinstance(data, Stock):
+        settings = replace(settings, **{name: getattr(stock.bucket, name) for name in ("endpoint", "region", "profile", "timeout")})
+    read_on(task, stock.pictures, path, None, batch_size, overwrite, settings, stock.matching)
     return path
