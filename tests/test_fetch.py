@@ -8,21 +8,27 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from bisect import bisect_right
+from itertools import chain, count
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 import tenacity
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 from binvision.cli.main import app
 from binvision.data.lists import read_list
 from binvision.fetch import bucket as bucket_room
-from binvision.fetch.bucket import Bucket
+from binvision.fetch.bucket import Bucket, ObjectError
 from binvision.fetch.choose import balance, balanced_ids, confounding, sample_ids
 from binvision.fetch.fetch import fetch
 from binvision.fetch.index import index
@@ -352,6 +358,52 @@ def test_a_confounded_data_set_is_warned_of_and_evened_out(store, tmp_path):
     assert not set(new["id"]) & set(before["id"]) and new["count"].nunique() == 5
     assert pd.concat([before, new])["count"].value_counts().nunique() == 1
     assert confounding(balanced_ids(labels, 2000)) < 0.03
+
+
+NAMES = st.one_of(st.integers(0, 300).map(str), st.integers(0, 300).map("{:05d}".format), st.integers(0, 300).map("{:x}".format),
+                  st.text("0a9f/é\U0001f600 ~.-", min_size=1, max_size=4))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(NAMES, max_size=120), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, "x/1", "x/00150", "y"]))
+def test_a_listing_in_pieces_is_the_listing(names, page, first, ahead, after):
+    keys = sorted(f"x/{name}.jpg" for name in names)
+
+    def answer(bucket, store, folder, after): return [key for key in keys if key > (after or "")][:page]
+
+    with patch.multiple(bucket_room, PAGE=page, _page=answer, _FIRST=first, _AHEAD=ahead):
+        assert list(chain(*bucket_room.list_keys(Bucket(), "x", after))) == [key for key in keys if key > (after or "")]
+
+
+def test_a_long_listing_is_asked_for_in_pieces_at_the_same_time(monkeypatch):
+    keys, together, number, asked = sorted(f"x/{i}.jpg" for i in range(30_000)), threading.Barrier(5), count(), []
+
+    def answer(bucket, store, folder, after):
+        asked.append(after)
+        if 4 <= next(number) < 9: together.wait(30)
+        start = bisect_right(keys, after or "")
+        return keys[start:start + 1000]
+
+    monkeypatch.setattr(bucket_room, "_page", answer)
+    assert list(chain(*bucket_room.list_keys(Bucket(), "x"))) == keys and len(asked) < 70
+    monkeypatch.setattr(bucket_room, "_page", lambda *_: asked.append(1) or keys[:4])
+    asked.clear()
+    assert list(chain(*bucket_room.list_keys(Bucket(), "x"))) == keys[:4] and len(asked) == 1
+
+
+def test_a_piece_that_cannot_be_listed_ends_the_listing_where_it_begins(monkeypatch):
+    keys = sorted(f"x/{i}.jpg" for i in range(30_000))
+
+    def answer(bucket, store, folder, after):
+        if after == "x/3": raise ObjectError("denied", "the store refuses it")
+        start = bisect_right(keys, after or "")
+        return keys[start:start + 1000]
+
+    monkeypatch.setattr(bucket_room, "_page", answer)
+    found = []
+    with pytest.raises(DataError, match="cannot be listed, the store refuses it"):
+        for page in bucket_room.list_keys(Bucket(), "x"): found += page
+    assert found == [key for key in keys if key <= "x/3"]
 
 
 def test_choices_are_the_same_tomorrow_and_spread_over_all():

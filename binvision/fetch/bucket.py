@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['BUCKET', 'PAGE', 'Bucket', 'ObjectError', 'list_keys', 'list_ids']
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #92b44aad
+# %% ../../nbs/03_fetch/00_bucket.ipynb #73c2b5f1
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from reprlib import repr as short
 from typing import Annotated
 
@@ -159,40 +162,78 @@ def retry(
         e.attempts = retrying.statistics["attempt_number"]
         raise
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #ef18c6cb
+# %% ../../nbs/03_fetch/00_bucket.ipynb #43d6ff1a
 PAGE = 1000 # keys in one answer of the store, at most
 
 
 def _page(bucket, store, folder, offset):
-    "One page of the entries of a folder, from behind the key `offset`."
-    with bucket.errors(): return next(iter(store.list(f"{folder}/" if folder else None, offset=offset, chunk_size=PAGE)), [])
+    "One page of the keys of a folder, from behind the key `offset`."
+    with bucket.errors():
+        found = next(iter(store.list(f"{folder}/" if folder else None, offset=offset, chunk_size=PAGE)), [])
+    return [entry["path"] for entry in found]
 
 
+def _chain(page, after, until):
+    "Pages behind one key and up to another, one after another."
+    while True:
+        keys = [key for key in page(after) if until is None or key <= until]
+        if keys: yield keys
+        if len(keys) < PAGE: return
+        after = keys[-1]
+
+# %% ../../nbs/03_fetch/00_bucket.ipynb #213b7a09
+def _cuts(key, until):
+    "Keys between `key` and `until` where listing may begin as well."
+    found = []
+    for i in range(key.rfind("/") + 1, len(key)):
+        higher = next((x.partition(key[i])[2] for x in ("0123456789", "abcdef") if key[i] in x), "")
+        cuts = [key[:i] + letter for letter in higher if until is None or key[:i] + letter < until]
+        if cuts: found.append(cuts)
+    return sorted(sum(found[:2], []))
+
+# %% ../../nbs/03_fetch/00_bucket.ipynb #e0d96bb3
+_FIRST, _AHEAD = 4, 16 # pages before the first cut, and pages of a piece ahead of its turn
+
+
+def _in_pieces(chain, head, until, asked):
+    "All pages from `head` on, a list of the first ones, in order."
+    while True:
+        yield from head
+        if len(head) < asked or len(head[-1]) < PAGE: return
+        ends = [*_cuts(head[-1][-1], until), until]
+        pool, starts, asked = ThreadPoolExecutor(16), [head[-1][-1], *ends[:-1]], _AHEAD
+        try:
+            for end, head in zip(ends, pool.map(lambda *piece: list(islice(chain(*piece), _AHEAD)), starts, ends)):
+                if end != until: yield from _in_pieces(chain, head, end, _AHEAD)
+        finally: pool.shutdown(wait=False, cancel_futures=True)
+
+# %% ../../nbs/03_fetch/00_bucket.ipynb #cdfd3821
 def list_keys(
     bucket:Bucket, # bucket to list
     folder:str, # with all folders inside it; "" for the whole bucket
     after:str|None=None, # begin behind this key
-    stop:threading.Event|None=None, # once set, a page that fails is not asked for again
-)->Iterator[list[str]]: # a page of at most a thousand keys each, in the store's order
+)->Iterator[list[str]]: # pages of at most a thousand keys each, in the store's order
     "The keys in a folder of a bucket, page by page. Raises `DataError` if it cannot be listed."
-    store = bucket.open()
-    while True:
-        try: entries = bucket.retry(_page, bucket, store, folder, after, stop=stop)
+    store, ended = bucket.open(), threading.Event()
+
+    def page(after):
+        if ended.is_set(): return []
+        try: return bucket.retry(_page, bucket, store, folder, after, stop=ended)
         except ObjectError as e:
             hint = "check the network, --endpoint and --profile, and run it again"
             raise DataError(f"{bucket}: cannot be listed, {e.reason}", hint) from e
-        if not entries: return
-        after = entries[-1]["path"]
-        yield [e["path"] for e in entries]
 
-# %% ../../nbs/03_fetch/00_bucket.ipynb #520e832b
+    chain = partial(_chain, page)
+    try: yield from _in_pieces(chain, list(islice(chain(after, None), _FIRST)), None, _FIRST)
+    finally: ended.set()
+
+# %% ../../nbs/03_fetch/00_bucket.ipynb #28581446
 def list_ids(
     bucket:Bucket=Bucket(), # bucket to list
     folder:str="bin-images", # "bin-images" or "metadata"
     after:str|None=None, # begin behind this id
-    stop:threading.Event|None=None, # once set, a page that fails is not asked for again
-)->Iterator[list[str]]: # a page of at most a thousand ids each, in the store's order
+)->Iterator[list[str]]: # pages of at most a thousand ids each, in the store's order
     "The ids of all bins in a bucket, page by page. Raises `DataError` if it cannot be listed."
     suffix = ".jpg" if folder == "bin-images" else ".json"
-    for keys in list_keys(bucket, folder, f"{folder}/{after}{suffix}" if after else None, stop):
+    for keys in list_keys(bucket, folder, f"{folder}/{after}{suffix}" if after else None):
         yield [bin_id(key) for key in keys if key.endswith(suffix) and key.count("/") == 1]
