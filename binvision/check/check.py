@@ -82,7 +82,7 @@ def _alone(stock, path):
     with_picture = {bin_id(row["source"]) for row in _pictures(path)}
     yield from ({"source": id, "error": _ALONE} for id in stock.records.ids() if id not in with_picture)
 
-# %% ../../nbs/09_check/14_check.ipynb #eea7f1df
+# %% ../../nbs/09_check/14_check.ipynb #088113ae
 def _reduced(fitted):
     "The same, for bins whose features are already directions."
     from copy import copy
@@ -98,10 +98,12 @@ def _reduced(fitted):
 def _chunk(fitted, stock, rows, shape, rates, settings):
     "The findings of some rows, as a table."
     bins, looks, document = _bins(stock, rows, shape)
-    found = findings(fitted, bins, looks, [row.get("error") for row in rows], document, rates, settings)
-    broken = np.array([problem is not None and "contradicts" in problem for problem in document], bool)
-    found.loc[broken, "p_wrong"], found.loc[broken, "verdict"] = 1., "disagrees"
-    found.insert(1, "image", [None if row["error"] == _ALONE else stock.name_of(row["source"]) for row in rows])
+    images = [None if row["error"] == _ALONE else stock.name_of(row["source"]) for row in rows]
+    broken = [row["error"] and row["error"].replace(row["source"], image or "", 1) for row, image in zip(rows, images)]
+    found = findings(fitted, bins, looks, broken, document, rates, settings)
+    false = np.array([problem is not None and "contradicts" in problem for problem in document], bool)
+    found.loc[false, "p_wrong"], found.loc[false, "verdict"] = 1., "disagrees"
+    found.insert(1, "image", images)
     return found
 
 # %% ../../nbs/09_check/14_check.ipynb #78aba4d5
