@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_bin', 'FitImage', 'RotateWhole', 'train_transforms', 'decode_images']
 
-# %% ../../nbs/06_train/01_inputs.ipynb #8845c6bf
+# %% ../../nbs/06_train/01_inputs.ipynb #5a503d76
 import fcntl
 import hashlib
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.vision.augment import AffineCoordTfm, Brightness, Contrast, Flip, affine_mat, mask_tensor, setup_aug_tfms
+from fastai.vision.augment import AffineCoordTfm, Brightness, Contrast, Flip, Zoom, affine_mat, mask_tensor, setup_aug_tfms
 from fastai.vision.core import PILImage
 from fasttransform import Transform
 from PIL import Image
@@ -61,13 +61,15 @@ class RotateWhole(AffineCoordTfm):
         super().before_call(b, split_idx)
         self.do = not split_idx  # validation pictures are not even interpolated
 
-# %% ../../nbs/06_train/01_inputs.ipynb #689dd187
+# %% ../../nbs/06_train/01_inputs.ipynb #1b38c5b5
 def train_transforms(
     strength:float=1., # 0 is none; 1 is rotations up to 5° and light up to ±20 %; 2 is twice that
+    zoom:float=0., # how much of a picture's side zooming may leave out; this can cut an item off
 )->list:
-    "Batch transforms for training that never change a count: flips left to right, small rotations, light."
-    if strength == 0: return []
-    return setup_aug_tfms([RotateWhole(5 * strength), Flip(p=.5),  # the first takes the others in: one interpolation
+    "Batch transforms for training: flips left to right, small rotations, light; and zooming, if asked for."
+    if strength == zoom == 0: return []
+    closer = [Zoom(1, 1 / (1 - zoom), p=1)] if zoom else []
+    return setup_aug_tfms([RotateWhole(5 * strength), Flip(p=.5), *closer,  # the first takes these in: one interpolation
                            Brightness(max_lighting=.2 * strength, p=.75), Contrast(max_lighting=.2 * strength, p=.75)])
 
 # %% ../../nbs/06_train/01_inputs.ipynb #5a8ca66e

@@ -82,7 +82,7 @@ def bin_learner(
     if weights is not None: learn.freeze()
     return learn
 
-# %% ../../nbs/06_train/09_learner.ipynb #83c63ef3
+# %% ../../nbs/06_train/09_learner.ipynb #85c9e8aa
 def configured_learner(
     data:str|os.PathLike, # the data set folder
     manifest:pd.DataFrame, # its train and valid parts are used
@@ -93,7 +93,7 @@ def configured_learner(
     "The learner that settings describe. Raises the errors of `bin_dataloaders`, `record_lessons` and `bin_learner`."
     s, lessons = settings, None
     dls = bin_dataloaders(data, manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment, s.workers, s.device,
-                          s.cache, s.balanced)
+                          s.cache, s.balanced, s.zoom)
     if s.lessons is not None:
         cat = catalogue(data, images=False) if s.catalogue is None else as_catalogue(s.catalogue)
         lessons = record_lessons(cat, manifest[manifest["part"] == "train"], s.lessons.split(","))

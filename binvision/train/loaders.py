@@ -151,7 +151,7 @@ def _hold(dls, paths, fit, cache, root):
     for dl in dls.loaders: _give_pixels(dl, pixels, {path: n for n, path in enumerate(paths)})
     return f"decoded once, in {where}"
 
-# %% ../../nbs/06_train/02_loaders.ipynb #92b5cf0d
+# %% ../../nbs/06_train/02_loaders.ipynb #c9e4cb53
 def bin_dataloaders(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
@@ -165,6 +165,7 @@ def bin_dataloaders(
     device=None, # a torch device; None for CUDA if available
     cache:str|os.PathLike|bool|None=None, # folder for decoded pictures; None for memory, if they fit; False for no cache
     balanced:bool=False, # draw each count equally often; an epoch stays as long
+    zoom:float=TrainSettings.zoom, # of train_transforms
 )->DataLoaders: # train and valid; classes are the counts
     "fastai DataLoaders over a manifest. Raises `DataError` if bins are missing, `UsageError` if a part has under 2."
     rows, fit = _checked_rows(data, manifest), FitImage(size, resize)
@@ -173,7 +174,7 @@ def bin_dataloaders(
         bs=batch_size, drop_last=(rows.part == "train").sum() > batch_size, device=device, dl_type=BinLoader,
         num_workers=min(16, cores()) if workers is None else workers,
         after_item=[fit, ToTensor()],
-        after_batch=[IntToFloatTensor(), *train_transforms(augment), Normalize.from_stats(mean, std)])
+        after_batch=[IntToFloatTensor(), *train_transforms(augment, zoom), Normalize.from_stats(mean, std)])
     for dl in dls.loaders: dl.counts = count
     dls.fit_image = fit  # what a model's card needs to know
     dls.pictures = _hold(dls, list(rows.path), fit, cache, data)

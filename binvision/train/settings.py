@@ -41,7 +41,7 @@ def _lessons(value):
 
 Lessons = Annotated[str, BeforeValidator(_lessons)]
 
-# %% ../../nbs/06_train/00_settings.ipynb #6e5c518e
+# %% ../../nbs/06_train/00_settings.ipynb #4b6d3452
 @dataclass
 class TrainSettings:
     "How a model is trained."
@@ -56,6 +56,7 @@ class TrainSettings:
     frozen_epochs:AtLeastZero=1 # epochs that train only the head, before the others
     patience:AtLeastOne=4 # stop after this many epochs without a lower validation loss
     augment:Annotated[float, Field(ge=0, le=10)]=1. # strength of flips, rotations and light; 0 is none
+    zoom:Annotated[float, Field(ge=0, le=.5)]=0. # how much of a picture's side training may leave out when it zooms in; 0 is nothing
     mean:Mean|Three[Mean]|None=None # for normalisation, one number or three; None for what the weights expect
     std:Std|Three[Std]|None=None # for normalisation, one number or three; None for what the weights expect
     seed:Seed=0 # of weights, order and augmentation
@@ -78,8 +79,8 @@ class TrainSettings:
     compile:bool=False # compile the network with torch.compile, on CUDA only
     corrections:str|Path|None=None # a CSV file, id and count, to believe for train bins; an empty count leaves a bin out
 
-# %% ../../nbs/06_train/00_settings.ipynb #7b6b8990
-SEARCHABLE = ("arch", "size", "resize", "batch_size", "lr", "epochs", "frozen_epochs", "patience", "augment", "weight_decay",
+# %% ../../nbs/06_train/00_settings.ipynb #bf2ba454
+SEARCHABLE = ("arch", "size", "resize", "batch_size", "lr", "epochs", "frozen_epochs", "patience", "augment", "zoom", "weight_decay",
               "depth", "body_lr", "drop_path", "loss", "soft_share", "ema", "balanced") # the settings that a search may vary
 
 # %% ../../nbs/06_train/00_settings.ipynb #c20a25d1
