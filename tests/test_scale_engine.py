@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 from binvision.check.check import check
 from binvision.check.fit import fit_check, save_evidence
 from binvision.cli.main import app
-from binvision.ground.core import DataError, UsageError
+from binvision.data.catalogue import catalogue
+from binvision.ground.core import DataError, ImageError, UsageError
 from binvision.model.bulk import predict_to
+from binvision.review.photos import open_bins
 from binvision.scale import engine, pool
 from binvision.scale.engine import predict_on
 from binvision.split.split import split
@@ -92,9 +94,16 @@ def test_two_nodes_write_the_file_of_one_machine(cluster, bins, one, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_check_on_two_nodes_finds_what_one_machine_finds(cluster, bins, tmp_path):
-    model = shutil.copytree(SMALL, tmp_path / "model")
+@pytest.fixture(scope="module")
+def judge(bins, tmp_path_factory):
+    "A model with evidence."
+    model = shutil.copytree(SMALL, tmp_path_factory.mktemp("judge") / "model")
     save_evidence(fit_check(model, bins, split(bins, valid=.4, test=.1)), model)
+    return model
+
+
+def test_a_check_on_two_nodes_finds_what_one_machine_finds(cluster, bins, judge, tmp_path):
+    model = judge
     check(model, bins, tmp_path / "one")
     options = ["--engine", "ray", "--workers", 2, "--shard-size", 20]
     run("check", model, bins, "--out", tmp_path / "many", *options)
@@ -276,6 +285,45 @@ def test_a_bucket_that_is_busy_now_and_then(cluster, bins, tmp_path):
     predict_to(SMALL, bins / "bin-images", tmp_path / "one.jsonl", threads=1)
     here = (tmp_path / "one.jsonl").read_text().replace(f"{bins}/", "s3://shelf/2024/")
     assert (tmp_path / "r.jsonl").read_text() == here and done.failed == 1 and proxy.counts()["slowdown"]
+
+
+def test_a_check_of_a_bucket_finds_what_a_check_of_the_folder_finds(cluster, bins, judge, tmp_path, monkeypatch):
+    "It is stopped after the first part, and goes on; the page and the people who review get their pictures from the bucket."
+    catalogue(bins, tmp_path / "cat", images=False)
+    check(judge, bins, tmp_path / "one", budget=20)
+    store = Store("shelf")
+    proxy = Proxy(store.url)
+    try:
+        store.fill(bins, "2024/")
+        command = ["check", judge, "s3://shelf/2024", "--records", tmp_path / "cat", "--out", tmp_path / "many", "--budget", 20]
+        command += ["--engine", "ray", "--endpoint", proxy.url, "--workers", 1, "--shard-size", 20, "--shown", 3]
+
+        def stopped(*args):
+            yield next(pool.results(*args))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine, "results", stopped)
+        assert "continues from there" in run(*command, status=130).stderr
+        monkeypatch.setattr(engine, "results", pool.results)
+        run(*command)
+        one, many = (pd.read_parquet(tmp_path / x / "findings.parquet").sort_values("id", ignore_index=True) for x in ("one", "many"))
+        pd.testing.assert_frame_equal(one, many)
+        assert (tmp_path / "one/queue.csv").read_bytes() == (tmp_path / "many/queue.csv").read_bytes()
+        asked = [line.split("/")[-1] for line in proxy.log if ".jpg" in line]
+        assert (tmp_path / "many/check.html").read_text().count("data:image/jpeg") == 3 and len(asked) < 60 + 40 + 3 + 1  # a part in hand is done again
+        seen = open_bins(tmp_path / "many")
+        assert seen.photo("00001") == open_bins(tmp_path / "one").photo("00001") and seen.view(1) == open_bins(tmp_path / "one").view(1)
+        before = len(proxy.log)
+        run(*command[:-2], "--shown", 0, "--false-alarms", .3)  # its pictures are not looked at again
+        assert len(proxy.log) == before
+        wrong = run("check", judge, "s3://nowhere/", *command[3:5], "--out", tmp_path / "wrong", *command[9:13], status=2).stderr
+        assert "bucket nowhere" in wrong and "there is no such bucket" in wrong
+        proxy.always = {"00002.jpg": "slowdown"}
+        with pytest.raises(ImageError, match="s3://shelf/2024/bin-images/00002.jpg: cannot be fetched"): seen.photo("00002")
+    finally:
+        proxy.stop()
+        store.stop()
+    assert open_bins(tmp_path / "many", bins).photo("00002")
 
 
 @pytest.mark.parametrize("address, says", [("127.0.0.1:1", "no Ray cluster there"), ("ray://127.0.0.1:1", "no Ray cluster there"), ("head", "not understood"),
