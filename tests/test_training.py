@@ -221,3 +221,20 @@ def test_two_processes_train_one_model(tmp_path, data, manifest):
     assert (first["order"][0] + second["order"][0])[:len(alone)] == alone  # more would be padding
     from binvision.model.predict import predict
     assert not predict(tmp_path / "run/model", data / "bin-images").failed
+
+
+def test_zooming_reaches_the_training_and_not_the_validation(tmp_path, data, manifest):
+    from binvision.split.manifest import read_manifest
+    from binvision.train.learner import configured_learner
+    from binvision.train.settings import TrainSettings
+
+    def learner(**kwargs):
+        settings = TrainSettings(arch="test_resnet", weights=None, size=64, batch_size=4, mean=.5, std=.5, workers=0, device="cpu", augment=0., **kwargs)
+        return configured_learner(data, read_manifest(manifest), settings, tmp_path)
+
+    def differ(dl):
+        first, second = (next(iter(dl.new(shuffle=False)))[0] for _ in range(2))
+        return bool((first != second).any())
+
+    plain, zoomed = learner(), learner(zoom=.4)
+    assert not differ(plain.dls.train) and differ(zoomed.dls.train) and not differ(zoomed.dls.valid)
