@@ -63,7 +63,7 @@ def _check_address(address):
     except (OSError, OverflowError, UnicodeError) as e:
         raise UsageError(f"{named}: no Ray cluster there ({e})", "start one with ray start --head") from e
 
-# %% ../../nbs/11_scale/03_pool.ipynb #adee6cc4
+# %% ../../nbs/11_scale/03_pool.ipynb #d937daba
 def _connect(ray, address):
     "Connect to a cluster, or start one here."
     if address not in (None, "auto"): _check_address(address)
@@ -73,7 +73,8 @@ def _connect(ray, address):
     if not address: os.environ.setdefault("RAY_worker_niceness", "0")
     try: ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as e:
-        if not address: raise UsageError(f"Ray does not start on this machine ({e})", "pass the --address of a cluster") from e
+        if not address:
+            raise UsageError(f"Ray does not start on this machine ({e})", "pass the --address of a cluster") from e
         raise UsageError(f"address {address}: no Ray cluster there ({e})", "start one with ray start --head") from e
     finally:
         if niceness is None: os.environ.pop("RAY_worker_niceness", None)
@@ -143,7 +144,7 @@ class Pool:
             raise DataError(f"{what}: failed {self.tries} times ({why})",
                             "look at the logs of Ray and at the pictures of the part") from error
 
-# %% ../../nbs/11_scale/03_pool.ipynb #8e750acf
+# %% ../../nbs/11_scale/03_pool.ipynb #07deff12
 _PATIENCE = 30 # seconds that workers may take to start before somebody is told
 
 
@@ -156,9 +157,9 @@ def tell(self:Pool):
     if self.told or not waiting or time.monotonic() < self.started + _PATIENCE: return
     self.told = True
     has, free = (_said(found(), self.needs) for found in (self.ray.cluster_resources, self.ray.available_resources))
-    tqdm.write(f"{self.workers - waiting} of {self.workers} workers have started. Each needs {_said(self.needs, self.needs)}; "
-               f"the cluster has {has}, and {free} free. The others start when there is room: wait, add machines, "
-               "or pass fewer --workers.", file=sys.stderr)
+    tqdm.write(f"{self.workers - waiting} of {self.workers} workers have started. "
+               f"Each needs {_said(self.needs, self.needs)}; the cluster has {has}, and {free} free. "
+               "The others start when there is room: wait, add machines, or pass fewer --workers.", file=sys.stderr)
 
 # %% ../../nbs/11_scale/03_pool.ipynb #5257abfa
 _TICK, _GONE = 5, 40 # seconds between two looks, and until a head that does not answer counts as lost
