@@ -54,7 +54,7 @@ def _pictures(folder, number):
     with open(folder/f"{number}.list", encoding="utf-8") as file:
         return sorted(map(json.loads, file), key=lambda s: id_order(s[0]))
 
-# %% ../../nbs/11_scale/04_engine.ipynb #25cd4799
+# %% ../../nbs/11_scale/04_engine.ipynb #dd4679a0
 def _begun(folder, about, list_pictures, shard_size):
     "The plan of a run: that of an earlier one which was stopped, or a new one with its listing."
     path = folder/"plan.json"
@@ -64,8 +64,12 @@ def _begun(folder, about, list_pictures, shard_size):
         raise UsageError(f"{folder}: belongs to a run of another model or other pictures",
                          "finish that one first, delete it, or pass another --out")
     for old in folder.glob("*.part"): remove(old)
-    n, of = _spread(list_pictures(), folder/"lists", shard_size)
-    if not n: raise DataError(f"{about['source']}: no pictures in it", f"looked for {' '.join(sorted(PICTURES))}")
+    try:
+        n, of = _spread(list_pictures(), folder/"lists", shard_size)
+        if not n: raise DataError(f"{about['source']}: no pictures in it", f"looked for {' '.join(sorted(PICTURES))}")
+    except BaseException:
+        remove(folder)  # there is nothing to go on with
+        raise
     plan = about | {"n": n, "of": of}
     with atomic_write(path, "w") as file: file.write(json.dumps(plan))
     return plan
