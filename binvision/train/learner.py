@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mae', 'bin_learner', 'configured_learner', 'suggest_lr', 'fine_tune', 'plot_history']
 
-# %% ../../nbs/06_train/09_learner.ipynb #933cefae
+# %% ../../nbs/06_train/09_learner.ipynb #cf718a6b
 import os
 from contextlib import contextmanager
 
@@ -25,6 +25,7 @@ from ..data.lessons import record_lessons
 from ..ground.core import UsageError
 from ..ground.show import ACCENT, GREY, MAIN, figure, new_axes
 from .checkpoint import Checkpoint, keep_random_state, read_checkpoint, restore
+from .inputs import train_transforms
 from .loaders import bin_dataloaders
 from .networks import build_model, layer_groups
 from .processes import many_processes, precision_on, say
@@ -82,7 +83,7 @@ def bin_learner(
     if weights is not None: learn.freeze()
     return learn
 
-# %% ../../nbs/06_train/09_learner.ipynb #85c9e8aa
+# %% ../../nbs/06_train/09_learner.ipynb #b960fe37
 def configured_learner(
     data:str|os.PathLike, # the data set folder
     manifest:pd.DataFrame, # its train and valid parts are used
@@ -92,8 +93,8 @@ def configured_learner(
 )->Learner:
     "The learner that settings describe. Raises the errors of `bin_dataloaders`, `record_lessons` and `bin_learner`."
     s, lessons = settings, None
-    dls = bin_dataloaders(data, manifest, s.size, s.batch_size, s.resize, s.mean, s.std, s.augment, s.workers, s.device,
-                          s.cache, s.balanced, s.zoom)
+    dls = bin_dataloaders(data, manifest, s.size, s.batch_size, s.resize, s.mean, s.std,
+                          train_transforms(s.augment, s.zoom), s.workers, s.device, s.cache, s.balanced)
     if s.lessons is not None:
         cat = catalogue(data, images=False) if s.catalogue is None else as_catalogue(s.catalogue)
         lessons = record_lessons(cat, manifest[manifest["part"] == "train"], s.lessons.split(","))

@@ -151,7 +151,7 @@ def _hold(dls, paths, fit, cache, root):
     for dl in dls.loaders: _give_pixels(dl, pixels, {path: n for n, path in enumerate(paths)})
     return f"decoded once, in {where}"
 
-# %% ../../nbs/06_train/02_loaders.ipynb #c9e4cb53
+# %% ../../nbs/06_train/02_loaders.ipynb #3b1d4305
 def bin_dataloaders(
     data:str|os.PathLike, # the data set folder
     manifest, # a manifest: DataFrame or path
@@ -160,21 +160,21 @@ def bin_dataloaders(
     resize:str=TrainSettings.resize, # squash or pad
     mean=IMAGENET[0], # of RGB in 0…1; what the pretrained weights were trained with
     std=IMAGENET[1], # of RGB in 0…1, likewise
-    augment:float=TrainSettings.augment, # strength of train_transforms
+    augment:float|list=TrainSettings.augment, # strength of train_transforms, or a list that it made
     workers:int|None=None, # processes that decode pictures; None for the number that TrainSettings names
     device=None, # a torch device; None for CUDA if available
     cache:str|os.PathLike|bool|None=None, # folder for decoded pictures; None for memory, if they fit; False for no cache
     balanced:bool=False, # draw each count equally often; an epoch stays as long
-    zoom:float=TrainSettings.zoom, # of train_transforms
 )->DataLoaders: # train and valid; classes are the counts
     "fastai DataLoaders over a manifest. Raises `DataError` if bins are missing, `UsageError` if a part has under 2."
     rows, fit = _checked_rows(data, manifest), FitImage(size, resize)
+    vary = augment if isinstance(augment, list) else train_transforms(augment)
     count = dict(zip(rows.path, rows["count"].astype(int)))
     dls = _datasets(rows, count).dataloaders(
         bs=batch_size, drop_last=(rows.part == "train").sum() > batch_size, device=device, dl_type=BinLoader,
         num_workers=min(16, cores()) if workers is None else workers,
         after_item=[fit, ToTensor()],
-        after_batch=[IntToFloatTensor(), *train_transforms(augment, zoom), Normalize.from_stats(mean, std)])
+        after_batch=[IntToFloatTensor(), *vary, Normalize.from_stats(mean, std)])
     for dl in dls.loaders: dl.counts = count
     dls.fit_image = fit  # what a model's card needs to know
     dls.pictures = _hold(dls, list(rows.path), fit, cache, data)
