@@ -45,7 +45,7 @@ def _evaluate(
     say(f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nopen {out/'report.html'}")
     name_failures((f["file"], f["reason"]) for f in result["failed"])
 
-# %% ../../nbs/13_cli/05_model.ipynb #69c3be2e
+# %% ../../nbs/13_cli/05_model.ipynb #ff788dba
 @command
 def _ensemble(
     data:Path, # data set folder
@@ -59,7 +59,7 @@ def _ensemble(
     from binvision.evaluate.ensemble import ensemble
 
     try: looks = tuple(map(float, scales.split(",")))
-    except ValueError: raise UsageError(f"--scales {scales!r}: not understood", "pass numbers with commas, such as 1,1.125") from None
+    except ValueError: raise UsageError(f"--scales {scales!r}: no numbers", "pass such as 1,1.125") from None
     ensemble(data, manifest, models, out, mirror, looks)
 
 # %% ../../nbs/13_cli/05_model.ipynb #993b7882

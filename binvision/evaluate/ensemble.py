@@ -38,13 +38,14 @@ class Mirrored(Model):
         both = [softmax(self.once(x, one_core)) for x in (batch, mirrored)]
         return np.log(np.mean(both, 0).clip(1e-30, 1)).astype(np.float32)
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #cca0680e
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #d088368e
 def _check_looks(models, mirror, scales):
     "Raise `UsageError` for odd scales, or if there is nothing to average."
     if not scales or not all(.5 <= scale <= 2 for scale in scales):
         raise UsageError(f"scales {scales}: a picture is looked at from half to twice its size", "pass such as 1,1.125")
     if len(models) * (1 + mirror) * len(scales) < 2:
-        raise UsageError("an ensemble of one model that looks once", "pass two models or more, or mirror=True (--mirror), or scales")
+        raise UsageError("an ensemble of one model that looks once",
+                         "pass two models or more, or mirror=True (--mirror), or scales")
 
 # %% ../../nbs/07_evaluate/05_ensemble.ipynb #b972a456
 _SHARED = ("counts", "resize") # what the cards of members have in common
@@ -72,13 +73,14 @@ def _views(cards, scales):
     "How all networks see a picture, at one scale after the other."
     return [{k: card[k] for k in _WANTS} | {"size": round(card["size"] * scale)} for scale in scales for card in cards]
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #7c9b86dc
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #1725c2b7
 def _ensemble_card(models, mirror, scales, manifest_sha256, training):
     "The card of an ensemble that is not calibrated."
     cards = [m.card for m in models]
     given, views = max(cards, key=lambda card: card["size"]), _views(cards, scales)
     differ = any(view[k] != given[k] for view in views for k in _WANTS)
-    each = {"members": [card.get("training") for card in cards], "networks": [card["files"]["model.onnx"] for card in cards]}
+    each = {"members": [card.get("training") for card in cards],
+            "networks": [card["files"]["model.onnx"] for card in cards]}
     name = f"ensemble-of-{len(cards)}" if len(cards) > 1 else given["arch"]
     return {"arch": name + "-mirrored" * mirror + f"-at-{len(scales)}-scales" * (len(scales) > 1),
             "members": [card["arch"] for card in cards], **({"views": views} if differ else {}),
@@ -115,7 +117,7 @@ def _calibrated(models, rows):
         print(f"{name}: " + " ".join(f"{k}={scored[k]:.4f}" for k in ("accuracy", "mae", "nll")), flush=True)
     return temperature, scored
 
-# %% ../../nbs/07_evaluate/05_ensemble.ipynb #1d90a4a6
+# %% ../../nbs/07_evaluate/05_ensemble.ipynb #ee28e62e
 def write_average(
     folder:str|os.PathLike, # the model folder to write; an existing one is replaced
     models:list, # model folders, or models
@@ -133,7 +135,8 @@ def write_average(
     _check_looks(opened, mirror, scales)
     _check_members(opened)
     card = _ensemble_card(opened, mirror, scales, manifest_sha256, training)
-    average = Average([load_torch(m.folder) for m in opened], 1., [View(card, view) for view in card.get("views", [])], mirror)
+    views = [View(card, view) for view in card.get("views", [])]
+    average = Average([load_torch(m.folder) for m in opened], 1., views, mirror)
     if rows is not None:
         with tempfile.TemporaryDirectory() as draft:
             made = load_model(save_torch(Path(draft)/"model", card, average), "fp32")

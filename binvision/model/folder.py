@@ -55,7 +55,7 @@ class _Plausible(BaseModel):
     level:Annotated[float, Field(gt=0, lt=1)] # the share of bins whose range holds the truth
     least:list[Annotated[float, Field(ge=0, le=1)]] # for each count the probability from which it is plausible
 
-# %% ../../nbs/05_model/01_folder.ipynb #7d9f107b
+# %% ../../nbs/05_model/01_folder.ipynb #ca30c2b9
 FORMAT = 1 # of card.json; raised when an older library could misread a newer folder
 
 
@@ -71,7 +71,7 @@ class Card(BaseModel):
     std:_Std # the same
     files:Annotated[dict[_File, _Sha256], Field(max_length=100)] # name → SHA-256
     members:Annotated[list[_Arch], Field(min_length=1, max_length=100)] = [] # architectures of an ensemble's networks
-    views:list[_View] = [] # how these networks see the pictures, one network after the other, and again; none if as the card says
+    views:list[_View] = [] # how these networks see a picture, in this order and again; none for as the card says
     mirror:bool = False # an ensemble looks at the mirror image of each picture, too
     training:_Training|None = None # its settings
     manifest_sha256:_Sha256|None = None # of the split that it was trained on

@@ -142,9 +142,9 @@ class View(nn.Module):
         x = x*self.scale + self.shift
         return x if self.size is None else interpolate(x, self.size, mode="bilinear", antialias=True)
 
-# %% ../../nbs/06_train/04_networks.ipynb #8cce5581
+# %% ../../nbs/06_train/04_networks.ipynb #a5eb5dad
 class Average(nn.Module):
-    "Several networks, each with one or more views of the picture, that answer as one: logits of the mean of their distributions."
+    "Networks that answer as one: logits of the mean of their distributions. There may be several views for each."
 
     def __init__(self, members, temperature=1., views=(), mirror=False):
         super().__init__()

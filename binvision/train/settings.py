@@ -41,7 +41,7 @@ def _lessons(value):
 
 Lessons = Annotated[str, BeforeValidator(_lessons)]
 
-# %% ../../nbs/06_train/00_settings.ipynb #4b6d3452
+# %% ../../nbs/06_train/00_settings.ipynb #4e4fbac0
 @dataclass
 class TrainSettings:
     "How a model is trained."
@@ -56,7 +56,7 @@ class TrainSettings:
     frozen_epochs:AtLeastZero=1 # epochs that train only the head, before the others
     patience:AtLeastOne=4 # stop after this many epochs without a lower validation loss
     augment:Annotated[float, Field(ge=0, le=10)]=1. # strength of flips, rotations and light; 0 is none
-    zoom:Annotated[float, Field(ge=0, le=.5)]=0. # how much of a picture's side training may leave out when it zooms in; 0 is nothing
+    zoom:Annotated[float, Field(ge=0, le=.5)]=0. # what training may leave out of a side when it zooms in; 0 is nothing
     mean:Mean|Three[Mean]|None=None # for normalisation, one number or three; None for what the weights expect
     std:Std|Three[Std]|None=None # for normalisation, one number or three; None for what the weights expect
     seed:Seed=0 # of weights, order and augmentation
