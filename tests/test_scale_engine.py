@@ -317,7 +317,7 @@ def test_a_check_of_a_bucket_finds_what_a_check_of_the_folder_finds(cluster, bin
         run(*command[:-2], "--shown", 0, "--false-alarms", .3)  # its pictures are not looked at again
         assert len(proxy.log) == before
         wrong = run("check", judge, "s3://nowhere/", *command[3:5], "--out", tmp_path / "wrong", *command[9:13], status=2).stderr
-        assert "bucket nowhere" in wrong and "there is no such bucket" in wrong
+        assert "bucket nowhere" in wrong and "there is no such bucket" in wrong and not list((tmp_path / "wrong").iterdir())
         proxy.always = {"00002.jpg": "slowdown"}
         with pytest.raises(ImageError, match="s3://shelf/2024/bin-images/00002.jpg: cannot be fetched"): seen.photo("00002")
     finally:

@@ -124,7 +124,7 @@ def _write_findings(path, chunks, counts):
             totals.append(found.groupby(["recorded", "verdict", "evidence"], dropna=False).size())
     return pd.concat(totals).groupby(level=[0, 1, 2], dropna=False).sum().rename("n").reset_index()
 
-# %% ../../nbs/09_check/14_check.ipynb #bc45404c
+# %% ../../nbs/09_check/14_check.ipynb #8e13135c
 def _is_ours(path, reader, stock):
     "Whether a file of the first pass is of this model and of these pictures."
     if not is_url(stock.pictures): return is_read(path, reader, stock.pictures)
@@ -138,7 +138,7 @@ def _first_pass(network, fitted, stock, out, batch_size, overwrite):
     if there and not _is_ours(path, reader, stock):
         raise UsageError(f"{path}: is about other pictures, or of another model", "pass another --out, or --overwrite")
     if not there: stock.check_local()
-    for _ in stock.matching((row["source"], "") for row in _pictures(path)) if there else stock.matching(stock.listed()): pass
+    for _ in stock.matching(((row["source"], "") for row in _pictures(path)) if there else stock.listed()): pass
     if not there: read_to(reader, stock.pictures, path, batch_size=batch_size, overwrite=overwrite)
     return path
 

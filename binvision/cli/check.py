@@ -58,12 +58,12 @@ def _look(model, data, shard, *options):
 class _Options(SharingSettings, CheckSettings):
     "All settings of `binvision check`."
 
-# %% ../../nbs/13_cli/09_check.ipynb #a9c3ec97
+# %% ../../nbs/13_cli/09_check.ipynb #63b72a68
 @command
 @takes(_Options)
 def _check(
     model:Path, # model folder with evidence
-    data:str, # data set folder, pictures and documents; with --records a folder or list of pictures, or s3://bucket/prefix/ with --engine ray
+    data:str, # data set folder; with --records any folder or list of pictures, or with --engine ray s3://bucket/prefix/
     out:Path=Path("check"), # folder for findings.parquet, queue.csv, check.html; a stopped check goes on
     budget:AtLeastOne=200, # bins to put into the queue
     random:Annotated[int, Field(ge=0)]|None=None, # how many of these at random, to judge all records by; None for a quarter
@@ -73,7 +73,7 @@ def _check(
     batch_size:AtLeastOne=8, # pictures that go through the network together
     shown:Annotated[int, Field(ge=0, le=1000)]=24, # bins to show on the page
     overwrite:bool=False, # look at all pictures again
-    records:Path|None=None, # table of records, .parquet or .csv: id and count, or a row for each item; or a catalogue; None for documents
+    records:Path|None=None, # table (.parquet, .csv) of id and count, or of items; or a catalogue; None for documents
     **kwargs,
 ):
     "Compare every record with its picture: findings, the queue of bins to look at, and a page."

@@ -22,7 +22,7 @@ from .lists import read_labels
 from ..ground.core import DataError, read_file, visible
 from ..ground.tables import read_csv, read_parquet, whole
 
-# %% ../../nbs/02_data/11_records.ipynb #bf94753d
+# %% ../../nbs/02_data/11_records.ipynb #fcbe7388
 def _contradiction(total, count):
     "What is wrong with a record whose items do not add up; None where they do, or where that is not known."
     if total is None or count is None or total == count: return None
@@ -40,7 +40,8 @@ def read_record(
     except DataError as e:
         if os.path.lexists(path): return None, [], e.problem
         return labels.get(id), [], None
-    return row["count"], [item for item in items if item["quantity"] > 0], _contradiction(row["quantity_sum"], row["count"])
+    some = [item for item in items if item["quantity"] > 0]
+    return row["count"], some, _contradiction(row["quantity_sum"], row["count"])
 
 # %% ../../nbs/02_data/11_records.ipynb #6b41d244
 class Documents:
@@ -102,7 +103,7 @@ def _number(cell, what):
     number = whole(cell)
     return number, None if number is not None else f"{what} is {quoted(cell)}, not a whole number"
 
-# %% ../../nbs/02_data/11_records.ipynb #fe4884e0
+# %% ../../nbs/02_data/11_records.ipynb #13be7e63
 def _per_bin(rows):
     "A row for each bin of a table with a row for each item."
     by, bins = rows.groupby("id", sort=False), pd.DataFrame(index=pd.unique(rows["id"]))
@@ -119,14 +120,15 @@ def _per_bin(rows):
 def _items(table):
     "The rows of a table that are items, with whole quantities; `wrong` says which are none."
     rows = table.assign(asin=table["asin"].replace("", None), name=table["name"] if "name" in table else None)
-    found = [_number(q, f"{asin}: quantity") if isinstance(asin, str) else (None, None) for asin, q in zip(rows["asin"], rows["quantity"])]
-    rows["quantity"] = pd.array([q for q, _ in found], "Int64")
+    pairs = zip(rows["asin"], rows["quantity"])
+    found = [_number(n, f"{asin}: quantity") if isinstance(asin, str) else (None, None) for asin, n in pairs]
+    rows["quantity"] = pd.array([n for n, _ in found], "Int64")
     there = rows["asin"].notna() & rows["quantity"].isna()
     rows["wrong"] = [why or ("an item has no quantity" if lacks else None) for (_, why), lacks in zip(found, there)]
     measures = {m: pd.to_numeric(rows[m], errors="coerce").astype(float) if m in rows else np.nan for m in MEASURES}
     return rows.assign(name=rows["name"].replace("", None), **measures)
 
-# %% ../../nbs/02_data/11_records.ipynb #7a35fefa
+# %% ../../nbs/02_data/11_records.ipynb #745512e1
 def _of_catalogue(folder):
     "The bins and the items of a catalogue; a document that could not be read is a problem of its bin."
     found = read_catalogue(folder)
@@ -140,7 +142,8 @@ def _tables(path):
     "A row for each bin, and a row for each item or None."
     beside = path.parent if path.name == "bins.parquet" and (path.parent/"items.parquet").exists() else path
     if beside.is_dir() and not (beside/"bins.parquet").exists():
-        raise DataError(f"{path}: a folder without bins.parquet", "pass a table, or the folder that binvision catalogue wrote")
+        hint = "pass a table, or the folder that binvision catalogue wrote"
+        raise DataError(f"{path}: a folder without bins.parquet", hint)
     if beside.is_dir(): return _of_catalogue(beside)
     table = _read_table(path)
     table["id"] = _ids(table["id"], path)
@@ -148,9 +151,9 @@ def _tables(path):
     items = _items(table)
     return _per_bin(items), items
 
-# %% ../../nbs/02_data/11_records.ipynb #8a4b7cd5
+# %% ../../nbs/02_data/11_records.ipynb #9e5743e3
 class RecordTable:
-    "Records from a table, by id. Raises `DataError` for a table without ids or counts, and for a bin that stands there twice."
+    "Records from a table. Raises `DataError` for one without ids or counts, and for a bin that stands there twice."
     def __init__(self,
         path:str|os.PathLike, # a .parquet or .csv file, or the folder of a catalogue
     ):
@@ -168,7 +171,9 @@ class RecordTable:
         "The ids of all records, sorted."
         return sorted(self.counts)
 
-    def __repr__(self): return f"RecordTable: {len(self.counts):,} bins, {len(self.items):,} items, {len(self.broken):,} unusable records"
+    def __repr__(self):
+        n = len(self.counts), len(self.items), len(self.broken)
+        return "RecordTable: {:,} bins, {:,} items, {:,} records that cannot be used".format(*n)
 
 
 @patch
@@ -189,8 +194,8 @@ def _fill(self:RecordTable, bins):
 @patch
 def _keep(self:RecordTable, items):
     "Keep the items, sorted by id."
-    kept = None if items is None else items[items["quantity"].fillna(0) > 0].sort_values("id", kind="stable")
-    self.items = pa.Table.from_pandas(kept[["id", *_ITEM]], preserve_index=False) if kept is not None else pa.table({"id": []})
+    items = pd.DataFrame(columns=["id", *_ITEM]) if items is None else items[items["quantity"].fillna(0) > 0]
+    self.items = pa.Table.from_pandas(items.sort_values("id", kind="stable")[["id", *_ITEM]], preserve_index=False)
     ids, first, n = np.unique(self.items["id"].to_numpy().astype(object), return_index=True, return_counts=True)
     self.places = dict(zip(ids, zip(first.tolist(), n.tolist())))
 

@@ -23,7 +23,7 @@ from .places import Fetcher, is_url, list_anywhere
 from ..ground.core import DataError, ImageError, UsageError, bin_id, visible
 from ..ground.settings import checked
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #cbcc9b34
+# %% ../../nbs/03_fetch/07_stock.ipynb #f161ce99
 def pictures_of(
     data:Path, # the data set folder
 )->Path:
@@ -54,9 +54,15 @@ class Stock:
         "Name and path of each picture: see list_anywhere."
         return list_anywhere(self.pictures, None, self.bucket)
 
-    def __repr__(self): return f"Stock: pictures of {self.pictures}, {'a table of' if self.has_table else 'documents as'} records"
+    @property
+    def reach(self):
+        "How to reach buckets, fit for JSON and for EngineSettings."
+        return {name: getattr(self.bucket, name) for name in ("endpoint", "region", "profile", "timeout")}
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #7ccd199c
+    def __repr__(self):
+        return f"Stock: pictures of {self.pictures}, {'a table of' if self.has_table else 'documents as'} records"
+
+# %% ../../nbs/03_fetch/07_stock.ipynb #5dc7ae4a
 _NEEDS = "pass --records, a table with the columns id and count, such as binvision index writes"
 
 
@@ -73,10 +79,11 @@ def stock_of(
         return Stock(str(pictures_of(data_folder(data))), Documents(data), Path(data), bucket)
     if listed: return Stock(str(data), RecordTable(records), None, bucket)
     if is_url(data): return Stock(f"{str(data).rstrip('/')}/", RecordTable(records), None, bucket)
-    if not Path(data).is_file(): return Stock(str(pictures_of(data_folder(data))), RecordTable(records), Path(data), bucket)
-    raise DataError(f"{data}: no list of pictures", f"pass a folder, an address, or a file that ends in {' or '.join(sorted(LISTS))}")
+    if not Path(data).is_file():
+        return Stock(str(pictures_of(data_folder(data))), RecordTable(records), Path(data), bucket)
+    raise DataError(f"{data}: no list of pictures", f"pass a folder, an address, or a list: {', '.join(sorted(LISTS))}")
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #2da9d65d
+# %% ../../nbs/03_fetch/07_stock.ipynb #040f102a
 def _some(ids):
     "How many, and the first of them."
     return f"{len(ids):,}, such as {', '.join(visible(id) for id in sorted(ids)[:3])}"
@@ -86,12 +93,13 @@ def _some(ids):
 def matching(self:Stock,
     sources:Iterable[tuple[str, str]], # names and paths
 )->Iterator[tuple[str, str]]: # the same
-    "Pass a listing through. Raises `DataError` at its end if no picture has a record, and for two pictures of one bin; a folder's documents may be few."
+    "Pass a listing through. Raises `DataError` for two pictures of a bin, and at its end if no picture has a record."
     if not self.has_table: return (yield from sources)
     there = {}
     for name, path in sources:
         if (id := bin_id(name)) in there:
-            raise DataError(f"{self.pictures}: two pictures of bin {visible(id)}: {visible(there[id])} and {visible(name)}",
+            names = f"{visible(there[id])} and {visible(name)}"
+            raise DataError(f"{self.pictures}: two pictures of bin {visible(id)}: {names}",
                             "pass a folder, a list or an address in which each bin has one picture")
         there[id] = name
         yield name, path
@@ -106,13 +114,14 @@ def _compare(self:Stock, pictures):
     check_ids(known, pictures, table)
     bare, alone = pictures.keys() - known.keys(), known.keys() - pictures.keys()
     if len(bare) == len(pictures):
-        raise DataError(f"{table}: none of its {len(known):,} ids is that of a picture; there the ids are {min(known)}, and here {min(pictures)}",
+        ids = f"they are such as {visible(min(known))}, and the pictures are {visible(min(pictures))}"
+        raise DataError(f"{table}: none of its {len(known):,} ids is that of a picture; {ids}",
                         "pass the table of these pictures; an id is the name of a picture's file without its ending")
     self.notes[:] = [f"records that cannot be used: {_some(self.records.broken)}"] if self.records.broken else []
     if bare: self.notes.append(f"pictures without a record: {_some(bare)} (nothing can be said of them)")
     if alone: self.notes.append(f"records without a picture: {_some(alone)} (left out)")
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #85578a26
+# %% ../../nbs/03_fetch/07_stock.ipynb #c7b0b2ee
 @patch
 def name_of(self:Stock,
     source:str, # a name from the listing
@@ -126,19 +135,20 @@ def name_of(self:Stock,
 def picture(self:Stock,
     image:str, # a name in findings
 )->Path|bytes: # a path that may be wrong, or what was fetched
-    "The picture behind a name. Raises `ImageError` if it cannot be fetched. A folder may hold it in another place than the one that was checked."
+    "The picture behind a name. Raises `ImageError` if it cannot be fetched."
     if self.home is not None:
-        path = self.home/image
+        path = self.home/image  # or, where the pictures of a bucket have come into a folder, just by the name of the file
         return path if path.exists() else Path(self.pictures)/PurePosixPath(image).name
     path = self.pictures + image if is_url(self.pictures) else self.paths.get(image)
-    if path is None: raise ImageError(f"{visible(image)}: is not in the list {self.pictures}", "make the check again", "missing")
+    if path is None:
+        raise ImageError(f"{visible(image)}: is not in the list {self.pictures}", "make the check again", "missing")
     try: found = self.fetch(path)
     except DataError as e:
-        problem, hint = f"{visible(path)}: cannot be fetched ({e.problem})", e.hint or "check the network and the access to it"
-        raise ImageError(problem, hint, "unreadable") from e
+        hint = e.hint or "check the network and the access to it"
+        raise ImageError(f"{visible(path)}: cannot be fetched ({e.problem})", hint, "unreadable") from e
     return found if isinstance(found, bytes) else Path(found)
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #28c9fe39
+# %% ../../nbs/03_fetch/07_stock.ipynb #fd3d26dc
 @patch
 def about(self:Stock,
     out:Path, # the folder that says it
@@ -147,8 +157,7 @@ def about(self:Stock,
     place = lambda path: path if is_url(path) else os.path.relpath(path, out)
     where = {"data": place(str(self.home or self.pictures))}
     if not self.has_table: return where
-    reach = {name: getattr(self.bucket, name) for name in ("endpoint", "region", "profile", "timeout")}
-    return where | {"records": place(str(self.records.path))} | ({} if self.home else {"bucket": reach})
+    return where | {"records": place(str(self.records.path))} | ({} if self.home else {"bucket": self.reach})
 
 
 def stock_from(
@@ -158,11 +167,13 @@ def stock_from(
     "The stock that a folder is about. Raises `DataError` or `UsageError` if it is not there any more."
     place = lambda path: path if is_url(path) else out/path
     records = about.get("records")
-    return stock_of(place(about["data"]), None if records is None else place(str(records)), checked(Bucket, about.get("bucket") or {}))
+    bucket = checked(Bucket, about.get("bucket") or {})
+    return stock_of(place(about["data"]), None if records is None else place(str(records)), bucket)
 
-# %% ../../nbs/03_fetch/07_stock.ipynb #3954869f
+# %% ../../nbs/03_fetch/07_stock.ipynb #932a2709
 @patch
 def check_local(self:Stock):
     "Raise `UsageError` if pictures have to be fetched."
     if is_url(self.pictures) or self.home is None and any(is_url(name) for name in self.paths):
-        raise UsageError(f"{self.pictures}: pictures that have to be fetched", "pass --engine ray, which also runs on one machine")
+        raise UsageError(f"{self.pictures}: pictures that have to be fetched",
+                         "pass --engine ray, which also runs on one machine")

@@ -39,7 +39,7 @@ def look(
     path, reader = output_folder(out, stock.home)/"pictures.parquet", look_reader(model, picture_only)
     return read_to(reader, stock.pictures, path, None, batch_size, overwrite, shard)
 
-# %% ../../nbs/11_scale/05_checks.ipynb #2e84e1e5
+# %% ../../nbs/11_scale/05_checks.ipynb #ff57ac22
 @takes(EngineSettings)
 def look_on(
     model:str|os.PathLike, # a model folder that holds evidence
@@ -56,7 +56,6 @@ def look_on(
     if path.exists() and not overwrite: return path
     opens, names = partial(look_reader, picture_only=picture_only, threads=1), ["card.json", "model.onnx", EVIDENCE]
     task = Task(opens(model), model, [name for name in names if (model/name).exists()], opens)
-    if isinstance(data, Stock):
-        settings = replace(settings, **{name: getattr(stock.bucket, name) for name in ("endpoint", "region", "profile", "timeout")})
+    if isinstance(data, Stock): settings = replace(settings, **stock.reach)
     read_on(task, stock.pictures, path, None, batch_size, overwrite, settings, stock.matching)
     return path
