@@ -103,7 +103,13 @@ def _number(cell, what):
     number = whole(cell)
     return number, None if number is not None else f"{what} is {quoted(cell)}, not a whole number"
 
-# %% ../../nbs/02_data/11_records.ipynb #13be7e63
+# %% ../../nbs/02_data/11_records.ipynb #a16337fe
+def _measure(cell):
+    "A length or a weight in a cell; NaN for anything else."
+    try: return value if 0 <= (value := float(cell)) < 1e6 else np.nan
+    except (TypeError, ValueError): return np.nan
+
+# %% ../../nbs/02_data/11_records.ipynb #8c7cfb73
 def _per_bin(rows):
     "A row for each bin of a table with a row for each item."
     by, bins = rows.groupby("id", sort=False), pd.DataFrame(index=pd.unique(rows["id"]))
@@ -125,7 +131,7 @@ def _items(table):
     rows["quantity"] = pd.array([n for n, _ in found], "Int64")
     there = rows["asin"].notna() & rows["quantity"].isna()
     rows["wrong"] = [why or ("an item has no quantity" if lacks else None) for (_, why), lacks in zip(found, there)]
-    measures = {m: pd.to_numeric(rows[m], errors="coerce").astype(float) if m in rows else np.nan for m in MEASURES}
+    measures = {m: rows[m].map(_measure).astype(float) if m in rows else np.nan for m in MEASURES}
     return rows.assign(name=rows["name"].replace("", None), **measures)
 
 # %% ../../nbs/02_data/11_records.ipynb #745512e1
