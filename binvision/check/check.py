@@ -53,7 +53,7 @@ def _reader(network, fitted):
     columns = dict.fromkeys(("p", "seen", "looks"), "vector")
     return Reader(rows, columns, {"check": fitted.network, "directions": directions})
 
-# %% ../../nbs/09_check/14_check.ipynb #90bae50e
+# %% ../../nbs/09_check/14_check.ipynb #cde769cc
 _ITEMS = ("id", "asin", "name", "quantity", "height", "length", "width", "weight")
 _ALONE = "there is no picture" # of a document
 
@@ -69,17 +69,17 @@ def _bins(stock, rows, shape):
     return Bins(ids, recorded, arrays[0], arrays[1], items), arrays[2], [problem for *_, problem in records]
 
 
-def _pictures(path):
+def _pictures(path, columns=None):
     "The rows of the first pass, one after another."
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches(10_000): yield from batch.to_pylist()
+    for batch in pq.ParquetFile(path).iter_batches(10_000, columns=columns): yield from batch.to_pylist()
 
 
 def _alone(stock, path):
     "Rows for the documents that have no picture; a table may be about more than these pictures."
     if stock.has_table: return
-    with_picture = {bin_id(row["source"]) for row in _pictures(path)}
+    with_picture = {bin_id(row["source"]) for row in _pictures(path, ["source"])}
     yield from ({"source": id, "error": _ALONE} for id in stock.records.ids() if id not in with_picture)
 
 # %% ../../nbs/09_check/14_check.ipynb #088113ae
@@ -124,7 +124,7 @@ def _write_findings(path, chunks, counts):
             totals.append(found.groupby(["recorded", "verdict", "evidence"], dropna=False).size())
     return pd.concat(totals).groupby(level=[0, 1, 2], dropna=False).sum().rename("n").reset_index()
 
-# %% ../../nbs/09_check/14_check.ipynb #8e13135c
+# %% ../../nbs/09_check/14_check.ipynb #9cd9e520
 def _is_ours(path, reader, stock):
     "Whether a file of the first pass is of this model and of these pictures."
     if not is_url(stock.pictures): return is_read(path, reader, stock.pictures)
@@ -138,7 +138,8 @@ def _first_pass(network, fitted, stock, out, batch_size, overwrite):
     if there and not _is_ours(path, reader, stock):
         raise UsageError(f"{path}: is about other pictures, or of another model", "pass another --out, or --overwrite")
     if not there: stock.check_local()
-    for _ in stock.matching(((row["source"], "") for row in _pictures(path)) if there else stock.listed()): pass
+    listed = ((row["source"], "") for row in _pictures(path, ["source"])) if there else stock.listed()
+    for _ in stock.matching(listed) if stock.has_table else (): pass
     if not there: read_to(reader, stock.pictures, path, batch_size=batch_size, overwrite=overwrite)
     return path
 
