@@ -220,8 +220,10 @@ def test_a_part_that_always_kills_its_worker_is_named(cluster, bins, tmp_path, m
 def test_a_run_without_room_says_so_once_and_waits(cluster, bins, one, tmp_path, monkeypatch, capsys):
     class Holder: pass
 
+    until(lambda: ray.cluster_resources().get("CPU") == 2, 90)  # nodes that other tests have killed are gone
     holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(2)]
-    until(lambda: not ray.available_resources().get("CPU"))
+    ray.get([holder.__ray_ready__.remote() for holder in holders], timeout=60)
+    until(lambda: ray.available_resources().get("CPU", 0) < 1, 60)
     tell = pool.Pool.tell
 
     def told(a_pool):
