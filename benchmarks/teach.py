@@ -21,7 +21,7 @@ from recipes import FIGURES, answers, compared, parsed, seconds, synthetic
 LESSONS = ("kinds", "volume", "weight", "words")
 IDEAS = {"plain": {}, **{f"lesson {name}": {"lessons": name} for name in LESSONS}, "all lessons": {"lessons": ",".join(LESSONS)},
          "pairs 0.3": {"pairs": .3}, "pairs 1": {"pairs": 1.}, "drop path 0.1": {"drop_path": .1}, "soft 0.2": {"loss": "soft", "soft_share": .2},
-         "body rate 0.1": {"body_lr": .1}, "body rate 1": {"body_lr": 1.}, "bfloat16": {"precision": "bf16"}}
+         "zoom 0.15": {"zoom": .15}, "body rate 0.1": {"body_lr": .1}, "body rate 1": {"body_lr": 1.}, "bfloat16": {"precision": "bf16"}}
 TOGETHER = ["all lessons", "pairs 0.3", "drop path 0.1"]
 
 
