@@ -36,6 +36,7 @@ from test_page import PROGRAM, browser  # noqa: F401, a fixture
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium or chrome is installed")
 expect = sync_api.expect
+expect.set_options(timeout=15_000)
 DESKTOP, PHONE = {"viewport": {"width": 1280, "height": 800}}, {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 TOKEN = "a-token-for-these-tests"
 MARKUP = '<img src=x onerror="document.title=1">'
@@ -101,11 +102,12 @@ def title(page): return page.locator(".about h2").inner_text()
 
 
 def judge(page, *keys):
-    "Press keys, each once the bin before it has gone."
+    "Press keys, each once the next bin is there: a key that is pressed while the page says \"Loading…\" has nothing to judge."
     for key in keys:
         before = title(page)
         page.keyboard.press(key)
-        page.wait_for_function("b => !document.querySelector('.about h2').textContent.includes(b)", arg=before)
+        page.wait_for_function("""b => { const now = document.querySelector('.about h2').textContent;
+            return now ? now !== b : document.querySelector('.gone')?.textContent.startsWith('All done'); }""", arg=before)
 
 
 def ready(page, saved=False):
