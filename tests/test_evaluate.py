@@ -171,7 +171,7 @@ def test_grad_cam_of_other_networks(arch):
     pytest.importorskip("torch")
     from binvision.train.networks import build_model
     card = {"arch": arch, "counts": COUNTS, "size": 64, "resize": "pad", "mean": [.5]*3, "std": [.25]*3}
-    _, heat, _ = explain_network(card, build_model(arch, 5, None).eval(), np.full((40, 60, 3), 99, np.uint8))
+    _, heat, _ = explain_network(card, build_model(arch, range(1, 6), None).eval(), np.full((40, 60, 3), 99, np.uint8))
     assert heat.shape == (64, 64) and np.isfinite(heat).all() and 0 <= heat.min() <= heat.max() <= 1
 
 
@@ -179,7 +179,7 @@ def test_grad_cam_says_when_there_are_no_maps():
     from binvision.train.networks import build_model
     card = {"arch": "vit_tiny_patch16_224", "counts": COUNTS, "size": 224, "resize": "pad", "mean": [.5]*3, "std": [.25]*3}
     with pytest.raises(ModelError, match="convolutional"):
-        explain_network(card, build_model("vit_tiny_patch16_224", 5, None).eval(), np.zeros((40, 60, 3), np.uint8))
+        explain_network(card, build_model("vit_tiny_patch16_224", range(1, 6), None).eval(), np.zeros((40, 60, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,7 @@ def test_the_three_files_agree(report, model, data, manifest):
     assert metrics(**read_predictions(out), n_boot=100) == result["metrics"]
     assert result["split"]["sha256"] == rows.attrs["sha256"] == result["model"]["manifest_sha256"]
     assert result["model"]["network_sha256"] == json.loads((model/"card.json").read_text())["files"]["model.onnx"]
+    assert result["model"]["backend"] == "fp32"
     assert result["metrics"]["n_groups"] == test.group.nunique() and not result["warnings"] and not result["failed"]
     commonest = rows["count"][rows.part == "train"].mode()[0]
     assert result["constants"]["commonest"]["answer"] == commonest

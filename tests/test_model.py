@@ -95,7 +95,7 @@ def average(home):
     from binvision.train.publish import save_torch
 
     torch.manual_seed(0)
-    members = [build_model("binvision_tiny", 5, None).eval() for _ in range(2)]
+    members = [build_model("binvision_tiny", range(1, 6), None).eval() for _ in range(2)]
     card = {"arch": "ensemble-of-2", "members": ["binvision_tiny"] * 2, "counts": [1, 2, 3, 4, 5], "size": 32, "resize": "squash",
             "mean": [.5] * 3, "std": [.5] * 3}
     save_torch(home / "average", card, Average(members))

@@ -78,7 +78,7 @@ def test_the_late_body_is_the_last_quarter_by_depth(arch, late):
 
     from binvision.train.networks import build_model, layer_groups
 
-    model = build_model(arch, 5, None)
+    model = build_model(arch, range(1, 6), None)
     groups = layer_groups(model)
     assert len(groups) == 3 and [id(p) for g in groups for p in g] == [id(p) for p in params(model)]
     body = model[0].model if hasattr(model[0], "model") else model[0]

@@ -33,12 +33,13 @@ def _evaluate(
     seed:Seed=0, # seed of the resamples
     cams:AtLeastZero=4, # Grad-CAM pictures in the report
     tta:bool=False, # look at each picture twice, as it is and mirrored
+    backend:Literal["cuda", "int8", "fp32"]|None=None, # what runs the network; None for the fastest available
 ):
     "Score a model on one part of a manifest. Writes a report with pictures, and compares every figure with constant answers."
     from binvision.evaluate.metrics import metrics_table
     from binvision.evaluate.report import evaluate
 
-    result = evaluate(model, data, manifest, part, out, batch_size, n_boot, seed, cams, tta)
+    result = evaluate(model, data, manifest, part, out, batch_size, n_boot, seed, cams, tta, backend)
     for warning in result["warnings"]: say(f"note: {warning}", err=True)
     table = metrics_table(result["metrics"], result["constants"]).rename(columns=lambda c: c.removeprefix("always the "))
     say(f"{result['metrics']['n']:,} bins of the {part} part; low and high end a 95 % interval; on the right what a constant answer scores\n")

@@ -43,6 +43,8 @@ def _check_looks(models, mirror, scales):
     "Raise `UsageError` for odd scales, or if there is nothing to average."
     if not scales or not all(.5 <= scale <= 2 for scale in scales):
         raise UsageError(f"scales {scales}: a picture is looked at from half to twice its size", "pass such as 1,1.125")
+    if len(set(scales)) < len(scales):
+        raise UsageError(f"scales {scales}: the same look twice", "name each scale once")
     if len(models) * (1 + mirror) * len(scales) < 2:
         raise UsageError("an ensemble of one model that looks once",
                          "pass two models or more, or mirror=True (--mirror), or scales")

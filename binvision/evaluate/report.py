@@ -99,7 +99,7 @@ def _circumstances(model, data, manifest, part):
     return {"date": date.today().isoformat(), "data": str(data), "part": part,
             "split": {"sha256": manifest.attrs.get("sha256"), "bins": bins},
             "model": {"folder": str(model.folder), "arch": card["arch"], "counts": card["counts"], "size": card["size"],
-                      "date": card.get("date"), "network_sha256": card.get("files", {}).get("model.onnx"),
+                      "date": card.get("date"), "backend": model.backend, "network_sha256": card["files"][model.path.name],
                       "manifest_sha256": card.get("manifest_sha256")},
             "hardware": hardware(), "versions": versions(*_PACKAGES)}
 
@@ -202,10 +202,11 @@ def evaluate(
     seed:Seed=0, # of the resamples
     cams:Annotated[int, Field(ge=0, le=100)]=4, # Grad-CAM pictures in the report
     tta:bool=False, # look at each picture twice, as it is and mirrored
+    backend:str|None=None, # "cuda", "int8" or "fp32"; None for the fastest that is available. A Model has its own
 )->dict: # metrics, constants, failed, warnings, and the circumstances; the content of metrics.json
     "Evaluate a model on one part of a manifest. Raises `UsageError` or `DataError` for what does not belong together."
     if out is not None: output_folder(out, data)
-    model = model if isinstance(model, Model) else load_model(model)
+    model = model if isinstance(model, Model) else load_model(model, backend)
     if tta: model = Mirrored(model)
     name = manifest if isinstance(manifest, (str, os.PathLike)) else "the manifest"
     manifest = read_manifest(manifest) if isinstance(manifest, (str, os.PathLike)) else manifest

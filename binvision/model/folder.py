@@ -55,7 +55,7 @@ class _Plausible(BaseModel):
     level:Annotated[float, Field(gt=0, lt=1)] # the share of bins whose range holds the truth
     least:list[Annotated[float, Field(ge=0, le=1)]] # for each count the probability from which it is plausible
 
-# %% ../../nbs/05_model/01_folder.ipynb #ca30c2b9
+# %% ../../nbs/05_model/01_folder.ipynb #864248af
 FORMAT = 1 # of card.json; raised when an older library could misread a newer folder
 
 
@@ -73,6 +73,7 @@ class Card(BaseModel):
     members:Annotated[list[_Arch], Field(min_length=1, max_length=100)] = [] # architectures of an ensemble's networks
     views:list[_View] = [] # how these networks see a picture, in this order and again; none for as the card says
     mirror:bool = False # an ensemble looks at the mirror image of each picture, too
+    temperature:Annotated[float, Field(gt=0, allow_inf_nan=False)]|None = None # what the logits were divided by
     training:_Training|None = None # its settings
     manifest_sha256:_Sha256|None = None # of the split that it was trained on
     plausible:_Plausible|None = None # written by binvision.check.fit.save_evidence

@@ -62,7 +62,7 @@ def _check_network(job):
     "Raise `UsageError` for a device that cannot be used, and `ModelError` if no architecture can be built."
     usable_device(job.fixed["device"])
     for arch in job.choices("arch"):
-        try: return build_model(arch, 2, job.fixed["weights"])
+        try: return build_model(arch, range(1, 3), job.fixed["weights"])
         except ModelError as e: error = e
     raise error
 

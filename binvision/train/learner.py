@@ -47,7 +47,7 @@ def mae(
 # %% ../../nbs/06_train/09_learner.ipynb #21b36654
 def _network(dls, arch, weights, drop_path, precision, lessons):
     "The network, as a pupil if it needs to be one."
-    model, cuda = build_model(arch, len(dls.vocab), weights, drop_path), torch.device(dls.device).type == "cuda"
+    model, cuda = build_model(arch, list(dls.vocab), weights, drop_path), torch.device(dls.device).type == "cuda"
     bf16 = precision_on(dls.device, precision) == "bf16" and not cuda  # fastai does that on CUDA
     return pupil(model, lessons, bf16) if lessons or bf16 else model
 

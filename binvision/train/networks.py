@@ -6,9 +6,10 @@
 __all__ = ['binvision_tiny', 'bare_network', 'layer_groups', 'near_zero_head', 'View', 'Average', 'load_torch', 'build_model',
            'normalisation']
 
-# %% ../../nbs/06_train/04_networks.ipynb #bc36d60d
+# %% ../../nbs/06_train/04_networks.ipynb #0f7d20d0
 import os
 import sys
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -176,21 +177,30 @@ def load_torch(
                          "copy the whole model folder again from where it was made") from e
     return model.eval()
 
-# %% ../../nbs/06_train/04_networks.ipynb #ed089190
+# %% ../../nbs/06_train/04_networks.ipynb #c1a9a9cc
 def _is_model(weights): return weights not in (None, "imagenet") and Path(weights).is_dir()
 
 
-def _continued(folder, arch, n_out):
-    "The network of a model folder, with a new last layer."
+def _keep_counts(model, card, counts):
+    "Give a network a last layer for these counts: rows that it had, as they were trained, and rows near zero for the others."
+    old, rows = model[1][-1], {count: row for row, count in enumerate(card["counts"])}
+    model[1][-1] = nn.Linear(old.in_features, len(counts), bias=old.bias is not None)
+    near_zero_head(model)
+    kept = [(n, rows[count]) for n, count in enumerate(counts) if count in rows]
+    with torch.no_grad():
+        for name, tensor in model[1][-1].named_parameters():
+            for n, row in kept: tensor[n] = getattr(old, name)[row]*(card.get("temperature") or 1)  # it was divided by that
+    return model
+
+
+def _continued(folder, arch, counts):
+    "The network of a model folder, for other counts."
     card = read_card(folder)
     if "members" in card:
         raise ModelError(f"{folder}: holds {len(card['members'])} networks", "pass the model folder of one of them")
     if card["arch"] != arch:
         raise ModelError(f"{folder}: is a model of {card['arch']}, not of {arch}", f"pass arch={card['arch']!r} (--arch)")
-    model = load_torch(folder).train()
-    last = model[1][-1]
-    model[1][-1] = nn.Linear(last.in_features, n_out, bias=last.bias is not None)
-    return model
+    return _keep_counts(load_torch(folder).train(), card, counts)
 
 # %% ../../nbs/06_train/04_networks.ipynb #fb2ab608
 def _drop_blocks(model, arch, rate):
@@ -203,16 +213,17 @@ def _drop_blocks(model, arch, rate):
     deep.load_state_dict(model.state_dict())
     return deep
 
-# %% ../../nbs/06_train/04_networks.ipynb #bfa0272d
+# %% ../../nbs/06_train/04_networks.ipynb #623a4ebb
 def build_model(
     arch:str, # a torchvision or timm architecture, such as resnet50
-    n_out:int, # how many counts there are
+    counts:Sequence[int], # what the network is to tell apart, ascending
     weights:str|os.PathLike|None="imagenet", # imagenet, a weights file, a model folder, or None for random ones
     drop_path:float=0., # how often the last block is left out while it trains; 0 is never
-)->nn.Sequential: # body and head; from n × 3 × size × size to n × n_out logits
+)->nn.Sequential: # body and head; from n × 3 × size × size to a logit for each count
     "A network for counting. Raises `ModelError` for an unknown one or unfit weights, `UsageError` for drop_path."
-    model = _continued(weights, arch, n_out) if _is_model(weights) else bare_network(arch, n_out, weights)
-    return near_zero_head(_drop_blocks(model, arch, drop_path) if drop_path else model)
+    if _is_model(weights): model = _continued(weights, arch, counts)
+    else: model = near_zero_head(bare_network(arch, len(counts), weights))
+    return _drop_blocks(model, arch, drop_path) if drop_path else model
 
 # %% ../../nbs/06_train/04_networks.ipynb #c761ea47
 def _three(name, numbers):

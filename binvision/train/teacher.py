@@ -165,7 +165,7 @@ def train_with_teacher(
     check_teacher(plan, run.rows)
     if (old := run.found(overwrite, resume)) != "finished":
         usable_device(plan.device)
-        build_model(plan.arch, 2, None if old else settings["weights"])
+        build_model(plan.arch, range(1, 3), None if old else settings["weights"])
         if old is None: run.clear()
         cbs = [_prepared(plan, run, overwrite), *(cbs or [])]
     return train(data, manifest, out, overwrite, resume, cbs, notes, **settings)

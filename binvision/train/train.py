@@ -205,7 +205,7 @@ def _train(run, old, cbs):
     s = run.settings
     join_processes(s.device)
     usable_device(s.device)
-    build_model(s.arch, 2, None if old else s.weights, s.drop_path)
+    build_model(s.arch, range(1, 3), None if old else s.weights, s.drop_path)
     set_seed(s.seed)
     learn, recipe = run.learner(resumed=bool(old)), recipe_callbacks(s.ema)
     distrib_barrier()  # every process has looked at the folder
