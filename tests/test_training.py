@@ -238,3 +238,17 @@ def test_zooming_reaches_the_training_and_not_the_validation(tmp_path, data, man
 
     plain, zoomed = learner(), learner(zoom=.4)
     assert not differ(plain.dls.train) and differ(zoomed.dls.train) and not differ(zoomed.dls.valid)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_model_is_of_the_best_epoch_or_of_the_last(tmp_path, data, manifest, last):
+    from binvision.train.learner import plot_history
+
+    run = train(data, manifest, tmp_path / "run", arch="test_resnet", weights=None, size=32, batch_size=8, epochs=4, lr=.1, patience=9, workers=0, device="cpu", keep_last=last)
+    losses = pd.read_csv(run / "history.csv").valid_loss
+    assert losses.idxmin() < 3, "the last epoch is the best one: this run shows nothing"
+    ended, made = load_file(run / "checkpoints/last.safetensors"), load_file(run / "model/model.safetensors")
+    body = [name for name in made if name.startswith("0.") and name.endswith("weight")]
+    assert all(np.array_equal(made[name], ended[f"model.{name}"]) for name in body) == last
+    marked = plot_history(run / "history.csv").axes[0].lines[-1].get_xdata()[0]
+    assert marked == (4 if last else losses.idxmin() + 1)

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['mae', 'bin_learner', 'configured_learner', 'suggest_lr', 'fine_tune', 'plot_history']
 
-# %% ../../nbs/06_train/09_learner.ipynb #cf718a6b
+# %% ../../nbs/06_train/09_learner.ipynb #5ede7529
+import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -181,7 +183,7 @@ def _continue(learn, log, best, checkpoint, phases):
     names = [name for name, *_ in phases]
     return phases[names.index(state["phase"]):], state["epoch"] + 1, [resume]
 
-# %% ../../nbs/06_train/09_learner.ipynb #13749209
+# %% ../../nbs/06_train/09_learner.ipynb #a14b0d81
 def fine_tune(
     learn:Learner, # from bin_learner
     lr:float, # learning rate of the head; half of it once all layers learn
@@ -195,9 +197,10 @@ def fine_tune(
     resume:bool=False, # continue from that file
     tensorboard:str|os.PathLike|None=None, # a folder for TensorBoard's event files; None for none
     body_lr:float=TrainSettings.body_lr, # the early body's rate once all layers learn, as a share of the head's
+    keep_last:bool=TrainSettings.keep_last, # keep the last epoch, not the one with the lowest validation loss
 )->list: # the rows of the history
-    "Train the head, then everything, and keep the best epoch. Raises `DataError` for a checkpoint that cannot be read."
-    log, best = RunLog(history), KeepBest()
+    "Train the head, then everything, and keep the best epoch, or the last. Raises `DataError` for a checkpoint that cannot be read."
+    log, best = RunLog(history), KeepBest(keep_last)
     stop, phases = Patience(patience, log), _phases(learn, lr, epochs, frozen_epochs, depth, body_lr)
     cbs = [log, best, stop, *(cbs or []), *_writers(learn, log, best, checkpoint, tensorboard)]
     first = 0
@@ -223,18 +226,26 @@ def _plot_metrics(ax, rows):
     ax.plot(rows.epoch, rows.mae, color=ACCENT, marker=".", label="mean absolute error, items")
     ax.set_ylim(0, None)
 
-# %% ../../nbs/06_train/09_learner.ipynb #0d66ef26
+# %% ../../nbs/06_train/09_learner.ipynb #dde7b52d
+def _kept(history, rows):
+    "The epoch that a run kept, as its config.json beside the history says; without one, the best."
+    config = None if isinstance(history, pd.DataFrame) else Path(history).parent/"config.json"
+    last = config and config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("keep_last")
+    return rows.epoch.iloc[-1] if last else rows.epoch[rows.valid_loss.idxmin()]
+
+# %% ../../nbs/06_train/09_learner.ipynb #f744f4c1
 def plot_history(
     history, # history.csv of a run, or its rows as a DataFrame
     axes=None, # two matplotlib axes; None makes a figure
 )->Figure:
-    "Loss, and accuracy with mean absolute error, after each epoch; the kept epoch is marked."
+    "Loss, and accuracy with mean absolute error, after each epoch; the epoch that the run kept is marked."
     rows = history if isinstance(history, pd.DataFrame) else pd.read_csv(history)
     if axes is None: axes = figure(figsize=(9, 3.2), dpi=72).subplots(1, 2)
     _plot_loss(axes[0], rows)
     _plot_metrics(axes[1], rows)
+    kept = _kept(history, rows)
     for ax in axes:
-        ax.axvline(rows.epoch[rows.valid_loss.idxmin()], color=GREY, ls=":", label="kept")
+        ax.axvline(kept, color=GREY, ls=":", label="kept")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     return axes[0].figure

@@ -6,8 +6,9 @@
 __all__ = ['METRIC_DEFINITIONS', 'metric_line', 'skipped', 'RunLog', 'TensorBoardLog', 'best_epoch', 'since_best', 'KeepBest',
            'Patience', 'StopIfAsked']
 
-# %% ../../nbs/06_train/07_runs.ipynb #38f01f54
+# %% ../../nbs/06_train/07_runs.ipynb #af0cd3fc
 import csv
+import math
 import time
 from pathlib import Path
 
@@ -123,12 +124,12 @@ def since_best(
     at = best_epoch(losses)
     return len(losses) if at is None else len(losses) - 1 - at
 
-# %% ../../nbs/06_train/07_runs.ipynb #347975a6
+# %% ../../nbs/06_train/07_runs.ipynb #e7e95511
 class KeepBest(Callback):
-    "Keep the weights of the epoch with the lowest validation loss, and put them back when a fit ends."
+    "Keep the weights of the epoch with the lowest validation loss, or of the last one, and put them back when a fit ends."
     order = 61 # after the recorder and the log, before the checkpoint
 
-    def __init__(self): self.best, self.kept = float("inf"), None
+    def __init__(self, last=False): self.best, self.kept, self.last = float("inf"), None, last
 
     def before_fit(self): self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")
 
@@ -136,10 +137,12 @@ class KeepBest(Callback):
         self.put_back(self.learn)
         self.run = True
 
-# %% ../../nbs/06_train/07_runs.ipynb #1db45006
+# %% ../../nbs/06_train/07_runs.ipynb #8424f204
 @patch
 def after_epoch(self:KeepBest):
-    if skipped(self) or not (loss := float(self.recorder.values[-1][1])) < self.best: return
+    if skipped(self): return
+    loss = float(self.recorder.values[-1][1])
+    if not (math.isfinite(loss) if self.last else loss < self.best): return
     model = self.ema.average.module if hasattr(self.learn, "ema") else get_model(self.model)
     self.best = loss
     self.kept = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -147,7 +150,7 @@ def after_epoch(self:KeepBest):
 
 @patch
 def put_back(self:KeepBest, learn):
-    "Give `learn` the weights of the best epoch, if there was one."
+    "Give `learn` the weights of the epoch that was kept, if there was one."
     if self.kept: get_model(learn.model).load_state_dict(self.kept)
 
 # %% ../../nbs/06_train/07_runs.ipynb #1cd26c05

@@ -41,7 +41,7 @@ def _lessons(value):
 
 Lessons = Annotated[str, BeforeValidator(_lessons)]
 
-# %% ../../nbs/06_train/00_settings.ipynb #4e4fbac0
+# %% ../../nbs/06_train/00_settings.ipynb #b4d4f287
 @dataclass
 class TrainSettings:
     "How a model is trained."
@@ -55,6 +55,7 @@ class TrainSettings:
     epochs:AtLeastZero=8 # epochs with all layers
     frozen_epochs:AtLeastZero=1 # epochs that train only the head, before the others
     patience:AtLeastOne=4 # stop after this many epochs without a lower validation loss
+    keep_last:bool=False # make the model of the last epoch, not of the one with the lowest validation loss
     augment:Annotated[float, Field(ge=0, le=10)]=1. # strength of flips, rotations and light; 0 is none
     zoom:Annotated[float, Field(ge=0, le=.5)]=0. # what training may leave out of a side when it zooms in; 0 is nothing
     mean:Mean|Three[Mean]|None=None # for normalisation, one number or three; None for what the weights expect

@@ -191,7 +191,7 @@ def fit(self:_Run, learn, resumed, cbs):
     try:
         with held_back(): rows = fine_tune(
             learn, s.lr, s.epochs, s.frozen_epochs, s.patience, self.out/"history.csv", s.depth, [StopIfAsked(), *cbs],
-            self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr)
+            self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr, s.keep_last)
     except KeyboardInterrupt:
         if not (self.out/"history.csv").exists(): raise
         self.rescue(learn)
