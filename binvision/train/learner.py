@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['mae', 'bin_learner', 'configured_learner', 'suggest_lr', 'fine_tune', 'plot_history']
 
-# %% ../../nbs/06_train/09_learner.ipynb #5ede7529
-import json
+# %% ../../nbs/06_train/09_learner.ipynb #6f270ffe
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,7 +30,7 @@ from .loaders import bin_dataloaders
 from .networks import build_model, layer_groups
 from .processes import many_processes, precision_on, say
 from .recipes import count_loss, pupil, record_callbacks
-from .runs import KeepBest, Patience, RunLog, TensorBoardLog
+from .runs import KeepBest, Patience, RunLog, TensorBoardLog, keeps_last
 from .settings import TrainSettings
 
 # %% ../../nbs/06_train/09_learner.ipynb #3f48be79
@@ -183,7 +181,7 @@ def _continue(learn, log, best, checkpoint, phases):
     names = [name for name, *_ in phases]
     return phases[names.index(state["phase"]):], state["epoch"] + 1, [resume]
 
-# %% ../../nbs/06_train/09_learner.ipynb #a14b0d81
+# %% ../../nbs/06_train/09_learner.ipynb #9e607a4d
 def fine_tune(
     learn:Learner, # from bin_learner
     lr:float, # learning rate of the head; half of it once all layers learn
@@ -192,17 +190,16 @@ def fine_tune(
     patience:int=TrainSettings.patience, # stop a phase after this many epochs without a lower validation loss
     history:str|os.PathLike="history.csv", # one row an epoch is written here
     depth:int=TrainSettings.depth, # groups of layers in the second phase: 1 the head, 2 and the late body, 3 all
-    cbs:list|None=None, # further fastai callbacks, for both phases
+    cbs:list|None=None, # further fastai callbacks, for both phases; a KeepBest among them says which epoch stays
     checkpoint:str|os.PathLike|None=None, # a file to write after each epoch, to resume from; None for none
     resume:bool=False, # continue from that file
     tensorboard:str|os.PathLike|None=None, # a folder for TensorBoard's event files; None for none
     body_lr:float=TrainSettings.body_lr, # the early body's rate once all layers learn, as a share of the head's
-    keep_last:bool=TrainSettings.keep_last, # keep the last epoch, not the one with the lowest validation loss
 )->list: # the rows of the history
     "Train the head, then everything, and keep the best epoch, or the last. Raises `DataError` for a checkpoint that cannot be read."
-    log, best = RunLog(history), KeepBest(keep_last)
+    log, best = RunLog(history), next((cb for cb in cbs or [] if isinstance(cb, KeepBest)), None) or KeepBest()
     stop, phases = Patience(patience, log), _phases(learn, lr, epochs, frozen_epochs, depth, body_lr)
-    cbs = [log, best, stop, *(cbs or []), *_writers(learn, log, best, checkpoint, tensorboard)]
+    cbs = [log, best, stop, *(cb for cb in cbs or [] if cb is not best), *_writers(learn, log, best, checkpoint, tensorboard)]
     first = 0
     if resume:
         phases, first, more = _continue(learn, log, best, checkpoint, phases)
@@ -226,14 +223,7 @@ def _plot_metrics(ax, rows):
     ax.plot(rows.epoch, rows.mae, color=ACCENT, marker=".", label="mean absolute error, items")
     ax.set_ylim(0, None)
 
-# %% ../../nbs/06_train/09_learner.ipynb #dde7b52d
-def _kept(history, rows):
-    "The epoch that a run kept, as its config.json beside the history says; without one, the best."
-    config = None if isinstance(history, pd.DataFrame) else Path(history).parent/"config.json"
-    last = config and config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("keep_last")
-    return rows.epoch.iloc[-1] if last else rows.epoch[rows.valid_loss.idxmin()]
-
-# %% ../../nbs/06_train/09_learner.ipynb #f744f4c1
+# %% ../../nbs/06_train/09_learner.ipynb #2cf42625
 def plot_history(
     history, # history.csv of a run, or its rows as a DataFrame
     axes=None, # two matplotlib axes; None makes a figure
@@ -243,7 +233,8 @@ def plot_history(
     if axes is None: axes = figure(figsize=(9, 3.2), dpi=72).subplots(1, 2)
     _plot_loss(axes[0], rows)
     _plot_metrics(axes[1], rows)
-    kept = _kept(history, rows)
+    last = not isinstance(history, pd.DataFrame) and keeps_last(history)
+    kept = rows.epoch.iloc[-1] if last else rows.epoch[rows.valid_loss.idxmin()]
     for ax in axes:
         ax.axvline(kept, color=GREY, ls=":", label="kept")
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -177,10 +177,7 @@ def load_torch(
                          "copy the whole model folder again from where it was made") from e
     return model.eval()
 
-# %% ../../nbs/06_train/04_networks.ipynb #c1a9a9cc
-def _is_model(weights): return weights not in (None, "imagenet") and Path(weights).is_dir()
-
-
+# %% ../../nbs/06_train/04_networks.ipynb #53069a1d
 def _keep_counts(model, card, counts):
     "Give a network a last layer for these counts: rows that it had, as they were trained, and rows near zero for the others."
     old, rows = model[1][-1], {count: row for row, count in enumerate(card["counts"])}
@@ -191,6 +188,9 @@ def _keep_counts(model, card, counts):
         for name, tensor in model[1][-1].named_parameters():
             for n, row in kept: tensor[n] = getattr(old, name)[row]*(card.get("temperature") or 1)  # it was divided by that
     return model
+
+# %% ../../nbs/06_train/04_networks.ipynb #1d65fd6c
+def _is_model(weights): return weights not in (None, "imagenet") and Path(weights).is_dir()
 
 
 def _continued(folder, arch, counts):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['METRIC_DEFINITIONS', 'metric_line', 'skipped', 'RunLog', 'TensorBoardLog', 'best_epoch', 'since_best', 'KeepBest',
-           'Patience', 'StopIfAsked']
+           'keeps_last', 'Patience', 'StopIfAsked']
 
-# %% ../../nbs/06_train/07_runs.ipynb #af0cd3fc
+# %% ../../nbs/06_train/07_runs.ipynb #1269b277
 import csv
+import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -152,6 +154,14 @@ def after_epoch(self:KeepBest):
 def put_back(self:KeepBest, learn):
     "Give `learn` the weights of the epoch that was kept, if there was one."
     if self.kept: get_model(learn.model).load_state_dict(self.kept)
+
+# %% ../../nbs/06_train/07_runs.ipynb #31d012a1
+def keeps_last(
+    history:str|os.PathLike, # history.csv of a run folder
+)->bool:
+    "Whether a run keeps its last epoch; without a config.json it does not."
+    config = Path(history).parent/"config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("keep_last"))
 
 # %% ../../nbs/06_train/07_runs.ipynb #1cd26c05
 class Patience(Callback):

@@ -33,7 +33,7 @@ from .processes import (as_single_process, describe_device, environment, from_fi
                                        usable_device)
 from .publish import calibrate, write_model
 from .recipes import recipe_callbacks
-from .runs import StopIfAsked
+from .runs import KeepBest, StopIfAsked
 from .settings import TrainSettings, plain
 
 # %% ../../nbs/06_train/11_train.ipynb #bb8622fc
@@ -190,8 +190,8 @@ def fit(self:_Run, learn, resumed, cbs):
     self.write_json("environment.json", environment(learn.dls.device))
     try:
         with held_back(): rows = fine_tune(
-            learn, s.lr, s.epochs, s.frozen_epochs, s.patience, self.out/"history.csv", s.depth, [StopIfAsked(), *cbs],
-            self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr, s.keep_last)
+            learn, s.lr, s.epochs, s.frozen_epochs, s.patience, self.out/"history.csv", s.depth, [KeepBest(s.keep_last), StopIfAsked(), *cbs],
+            self.out/"checkpoints/last.safetensors", resumed, self.out/"tensorboard", s.body_lr)
     except KeyboardInterrupt:
         if not (self.out/"history.csv").exists(): raise
         self.rescue(learn)
