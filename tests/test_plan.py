@@ -106,10 +106,10 @@ def test_two_stages_are_killed_in_both_and_go_on(tmp_path, data, manifest, narro
 def test_the_second_training_begins_with_what_the_first_knows_of_the_counts(tmp_path, data, manifest, narrow):
     "Without any epoch it answers as the first, among its own counts: the same logits but for the temperature."
     from binvision.model.predict import load_model
-    from binvision.train.first import train_in_stages as train_stages
+    from binvision.train.first import train_in_stages
 
     plan = checked(Plan, TINY | {"epochs": 0, "frozen_epochs": 0, "first": manifest, "first_epochs": 2, "first_lr": .01})
-    run = train_stages(data, narrow, tmp_path / "run", plan)
+    run = train_in_stages(data, narrow, tmp_path / "run", plan)
     first, then = load_model(run / "first/model", threads=1), load_model(run / "model", threads=1)
     x = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype(np.float32)
     kept = [first.card["counts"].index(count) for count in then.card["counts"]]
@@ -117,7 +117,6 @@ def test_the_second_training_begins_with_what_the_first_knows_of_the_counts(tmp_
     before, after = (m.logits(x) * m.card["temperature"] for m in (first, then))
     np.testing.assert_allclose(after, before[:, kept], rtol=1e-3, atol=1e-4)
     assert np.ptp(after, axis=0).max() > 1e-3
-
 
 
 def test_a_command_of_several_seeds_is_killed_and_goes_on(tmp_path, data, manifest, capfd):
