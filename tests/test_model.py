@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -127,6 +128,29 @@ def test_an_average_answers_the_same_in_8_bits(average, data, manifest, tmp_path
     fp32, int8 = (np.array([list(p.probabilities.values()) for p in predict(tmp_path / "m", data / "bin-images", backend=b)])
                   for b in ("fp32", "int8"))
     assert 0 < np.abs(fp32 - int8).max() < .02
+
+
+def test_a_layer_that_is_kept_in_32_bits_is_computed_in_32_bits(data, tmp_path):
+    "ONNX Runtime would quantise its weights when it opens the file, and answer otherwise than the file says."
+    import onnxruntime as ort
+
+    from binvision.model.folder import read_card
+    from binvision.model.int8 import calibrate, calibration_batches, layers, prepare, quantize
+    from binvision.model.quantize import _candidate
+    from binvision.model.scores import divergence
+
+    small = Path(__file__).parent.parent / "nbs/models/small"
+    card, pictures = read_card(small), sorted((data / "bin-images").iterdir())[:32]
+    ready = prepare(small / "model.onnx", tmp_path / "ready.onnx")
+    ranges = calibrate(ready, calibration_batches(pictures, card))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    x = np.concatenate(list(calibration_batches(pictures, card)))
+    for node in list(layers(ready).values())[1:4]:
+        file = quantize(ready, tmp_path / "kept.onnx", ranges, keep=[node])
+        plain = ort.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+        said = softmax(plain.run(None, {plain.get_inputs()[0].name: x})[0])
+        assert divergence(said, softmax(_candidate(file, card, tmp_path / "m").logits(x))) < 5e-5
 
 
 def test_an_export_without_a_format_or_a_model_is_refused(model, data, manifest, tmp_path):

@@ -101,7 +101,7 @@ def _parts(data, manifest, n, seed):
     labels = valid["count"].to_numpy(int)
     return [images[i] for i in drawn], [images[i] for i in valid.id], labels, table.attrs["sha256"]
 
-# %% ../../nbs/05_model/06_quantize.ipynb #2fccb2dd
+# %% ../../nbs/05_model/06_quantize.ipynb #ec0e81b3
 class _Trials:
     "Quantises one network in several ways and measures each against the original."
 
@@ -113,8 +113,8 @@ class _Trials:
         self.fp32 = self._figures(self.p)
 
     def _figures(self, p):
-        "Accuracy and mean absolute error."
-        return {k: v for k, v in scores(p, self.labels, self.counts).items() if k in ("accuracy", "mae")}
+        "Accuracy, mean absolute error and negative log-likelihood."
+        return {k: v for k, v in scores(p, self.labels, self.counts).items() if k != "n"}
 
 # %% ../../nbs/05_model/06_quantize.ipynb #0fe4c081
 @patch
@@ -165,14 +165,14 @@ def search(self:_Trials, max_loss):
         if good_enough(found := self.measure(closest, order[:k])): return found
     return None
 
-# %% ../../nbs/05_model/06_quantize.ipynb #b063ade8
+# %% ../../nbs/05_model/06_quantize.ipynb #f3a37f06
 def _entry(trials, best, manifest_sha256, seed):
     "What the card says of the 8-bit network."
     import onnxruntime as ort
 
     measured = ("same_count", "divergence", "method", "calibrated_on", "kept_in_fp32")
     return {"n": len(trials.labels), "part": "valid", "manifest_sha256": manifest_sha256, "fp32": trials.fp32,
-            "int8": {k: best[k] for k in ("accuracy", "mae")}, **{k: best[k] for k in measured},
+            "int8": {k: best[k] for k in trials.fp32}, **{k: best[k] for k in measured},
             "seed": seed, "tried": trials.tried, "onnxruntime": ort.__version__}
 
 # %% ../../nbs/05_model/06_quantize.ipynb #93f3c72f
