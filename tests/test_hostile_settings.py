@@ -6,6 +6,7 @@ import inspect
 import io
 import itertools
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import binvision
 from binvision.cli.main import app
 from binvision.ground.core import UsageError
 
@@ -75,6 +77,8 @@ def work(tmp_path_factory, data, manifest):
     (odd / "folder").mkdir()
     (odd / "loop").symlink_to("loop")
     os.mkfifo(odd / "pipe")
+    # A room that is opened for the first time while another is patched would keep what it takes from there
+    for room in pkgutil.walk_packages(binvision.__path__, "binvision."): import_module(room.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("BINVISION_MODEL", "SM_CHANNEL_TRAINING", "SM_OUTPUT_DATA_DIR", "SM_MODEL_DIR"): patch.delenv(name, raising=False)
