@@ -63,11 +63,12 @@ def _ensemble(
     except ValueError: raise UsageError(f"--scales {scales!r}: no numbers", "pass such as 1,1.125") from None
     ensemble(data, manifest, models, out, mirror, looks)
 
-# %% ../../nbs/13_cli/05_model.ipynb #9e14a0a4
+# %% ../../nbs/13_cli/05_model.ipynb #192911f7
 def _show_cost(made, model):
     "Print the figures of an 8-bit network compared with those of the original."
     say(f"{made['n']:,} bins of the valid part  accuracy    MAE  negative log-likelihood")
-    for name in ("fp32", "int8"): say(f"{name:24}  {made[name]['accuracy']:8.4f} {made[name]['mae']:6.3f} {made[name]['nll']:24.3f}")
+    for name in ("fp32", "int8"):
+        say("{:24}  {accuracy:8.4f} {mae:6.3f} {nll:24.3f}".format(name, **made[name]))
     say(f"same count for {made['same_count']:.1%}; calibration: {made['method']} on {made['calibrated_on']:,} pictures of the train part")
     if made["kept_in_fp32"]: say(f"kept in fp32: {', '.join(made['kept_in_fp32'])}")
     if made["n"] < 600: say(f"note: {made['n']:,} bins say little about half a point of accuracy; take 600 or more", err=True)

@@ -72,7 +72,7 @@ def _refers(raw):
     parts = _messages(onnx.load_model_from_string(raw))
     return any(getattr(part, "data_location", 0) == onnx.TensorProto.EXTERNAL for part in parts)
 
-# %% ../../nbs/05_model/02_backends.ipynb #abe66e88
+# %% ../../nbs/05_model/02_backends.ipynb #53b42a5c
 def _short(error):
     "What a library says, on one line."
     return visible(" ".join(str(error).split()))[:200]
@@ -91,7 +91,8 @@ def _session(path, backend, threads):
     providers = ["CUDAExecutionProvider"] * (backend == "cuda") + ["CPUExecutionProvider"]
     try:
         if _refers(Path(path).read_bytes()): raise ValueError("it keeps numbers in other files")
-        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=backend == "cuda", disabled_optimizers=_UNWANTED)
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=backend == "cuda",
+                                       disabled_optimizers=_UNWANTED)
     except Exception as e:
         raise ModelError(f"{path}: ONNX Runtime cannot open it ({_short(e)})",
                          "export the model again, or upgrade onnxruntime") from e
